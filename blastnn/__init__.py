@@ -1,0 +1,3 @@
+from blastnn.factorize import factorize
+from blastnn.structures import Blast, LowRank
+from blastnn.linear import StructuredLinear

@@ -1,0 +1,33 @@
+"""The errors a user can meet: each says what was given, what was expected and what to do."""
+
+
+class BlastnnError(ValueError):
+    """Base of every error that blastnn raises on purpose; the command line prints it in one line."""
+
+
+class StructureError(BlastnnError):
+    """A structure's dimensions, rank, blocks or factors do not fit together."""
+
+
+class FactorizationError(BlastnnError):
+    """A weight or second moment that no solver can work with, or a solver that does not apply."""
+
+
+class CheckpointError(BlastnnError):
+    """A file of a model folder is missing, unreadable, of a refused kind, or contradicts another."""
+
+
+class ModelError(BlastnnError):
+    """A model that cannot be found, built or walked."""
+
+
+class CalibrationError(BlastnnError):
+    """Calibration or evaluation text that cannot be used as given."""
+
+
+class PlanError(BlastnnError):
+    """A budget, target pattern or plan file that cannot be carried out."""
+
+
+class ResumeError(BlastnnError):
+    """An output folder that cannot be written to, or an earlier run that cannot be continued."""

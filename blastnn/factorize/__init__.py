@@ -1,0 +1,135 @@
+"""Dense matrix (and the statistics of its inputs) in, factors out.
+
+A solver is a module with ``STRUCTURES``, the spec types it fits; ``USES_SECOND_MOMENT``; and
+``solve(problem, spec, seed, **options) -> Solution``. A new one is one file here and one line in
+``SOLVERS``, whose order is the whole of what ``solver="auto"`` knows: the first that fits.
+"""
+
+from __future__ import annotations
+
+import time
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blastnn.errors import FactorizationError
+from blastnn.factorize import als, precgd, svd
+from blastnn.factorize.problem import Problem, prepare, shifted_target
+from blastnn.factorize.result import FactorizationResult, Solution
+from blastnn.structures import STRUCTURES, Structure
+
+SOLVERS: dict[str, ModuleType] = {
+    "als": als,
+    "precgd": precgd,
+    "svd": svd,
+}
+
+
+
+def automatic_table() -> dict[str, str]:
+    """Which solver ``"auto"`` means for each registered structure: the first one that fits it."""
+    return {
+        name: next((key for key, m in SOLVERS.items() if structure in m.STRUCTURES), "none")
+        for name, structure in STRUCTURES.items()
+    }
+
+
+def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = False) -> str:
+    """The name of the solver that ``factorize`` would run.
+
+    Raises:
+        FactorizationError: unknown, not made for this structure, or data-free while ``weighted``.
+    """
+    if solver == "auto":
+        solver = automatic_table().get(spec.name, "none")
+        if solver == "none":
+            raise FactorizationError(f"no registered solver fits a {spec.name}")
+    if solver not in SOLVERS:
+        raise FactorizationError(f"unknown solver {solver!r}; choose from auto, {sorted(SOLVERS)}")
+    module = SOLVERS[solver]
+    if not isinstance(spec, module.STRUCTURES):
+        fitting = sorted(name for name, m in SOLVERS.items() if isinstance(spec, m.STRUCTURES))
+        raise FactorizationError(f"solver {solver!r} does not fit a {spec.name}; use {fitting}")
+    if weighted and not module.USES_SECOND_MOMENT:
+        raise FactorizationError(
+            f"solver {solver!r} is data-free and would ignore the second moment; pass none, or use "
+            "solver='auto'"
+        )
+    return solver
+
+
+@torch.no_grad()
+def factorize(
+    weight: Tensor,
+    spec: Structure,
+    second_moment: Tensor | None = None,
+    solver: str = "auto",
+    seed: int = 0,
+    **options: Any,
+) -> FactorizationResult:
+    """Factorise a dense ``(out_features, in_features)`` weight into the structure of ``spec``.
+
+    Args:
+        weight: floating point; float64 is solved in float64, everything else in float32.
+        spec: the structure and its rank.
+        second_moment: ``C = E[x x^T]`` of the layer's inputs, ``(in_features, in_features)``; the
+            error is then ``|| (A - A^) C^(1/2) ||`` instead of the Frobenius norm.
+        solver: a name from ``SOLVERS`` or ``"auto"``; ``automatic_table()`` tells what that means.
+        seed: for every random choice of the solver; the same seed gives the same bits.
+        options: of the solver, e.g. ``sweeps`` of ``als`` or ``steps`` of ``precgd``.
+
+    Raises:
+        FactorizationError: inputs that cannot be worked with; it names them.
+    """
+    start = time.perf_counter()
+    if tuple(weight.shape) != (spec.out_features, spec.in_features):
+        raise FactorizationError(
+            f"{spec} describes a {spec.out_features} x {spec.in_features} matrix, but the weight "
+            f"has {tuple(weight.shape)}"
+        )
+    name = choose_solver(spec, solver, weighted=second_moment is not None)
+    problem = prepare(weight, second_moment)
+    if problem.energy <= 0.0:
+        solution = _zero_solution(spec, weight)
+    else:
+        solution = SOLVERS[name].solve(problem, spec, seed, **options)
+    factors = _unscaled(solution.factors, problem.scale, weight.dtype)
+    dense = spec.to_dense({k: v.double() for k, v in factors.items()}) / problem.scale
+    return FactorizationResult(
+        factors=factors,
+        relative_error=problem.relative_error(dense),
+        history=solution.history,
+        status=solution.status,
+        seconds=time.perf_counter() - start,
+        solver=name,
+        notes=solution.notes,
+    )
+
+
+def _zero_solution(spec: Structure, weight: Tensor) -> Solution:
+    """A weight that its inputs cannot tell from zero has exact zero factors."""
+    zeros = {
+        name: torch.zeros(shape, device=weight.device)
+        for name, shape in spec.factor_shapes().items()
+    }
+    return Solution(zeros, [(0.0, 0.0)], "exact: the weight is zero on its inputs")
+
+
+def _unscaled(factors: dict[str, Tensor], scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Give the weight's scale back, shared among the factors so that none leaves its range."""
+    share = scale ** (1.0 / len(factors))
+    return {name: (f.double() * share).to(dtype).contiguous() for name, f in factors.items()}
+
+
+__all__ = [
+    "SOLVERS",
+    "FactorizationResult",
+    "Problem",
+    "automatic_table",
+    "choose_solver",
+    "factorize",
+    "prepare",
+    "shifted_target",
+]

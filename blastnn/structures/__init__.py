@@ -1,0 +1,53 @@
+"""The registered structures. A new one is one file here and one line in ``STRUCTURES``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from blastnn.errors import StructureError
+from blastnn.structures.base import Factors, Structure
+from blastnn.structures.blast import Blast
+from blastnn.structures.lowrank import LowRank
+
+STRUCTURES: dict[str, type[Structure]] = {
+    structure.name: structure
+    for structure in (
+        Blast,
+        LowRank,
+    )
+}
+
+
+def structure_named(name: str) -> type[Structure]:
+    """The structure registered under ``name``; StructureError lists the names there are."""
+    if name not in STRUCTURES:
+        raise StructureError(f"unknown structure {name!r}; choose from {sorted(STRUCTURES)}")
+    return STRUCTURES[name]
+
+
+def spec_from_json(values: Mapping[str, Any]) -> Structure:
+    """The spec that ``Structure.to_json`` wrote.
+
+    Raises:
+        StructureError: an unknown structure, or values that its constructor refuses.
+    """
+    if not isinstance(values, Mapping) or not isinstance(values.get("structure"), str):
+        raise StructureError(f"a spec is an object with a 'structure' name, but this is {values!r}")
+    arguments = {key: value for key, value in values.items() if key != "structure"}
+    structure = structure_named(values["structure"])
+    try:
+        return structure(**arguments)
+    except TypeError as error:
+        raise StructureError(f"{dict(values)!r} does not describe a matrix: {error}") from error
+
+
+__all__ = [
+    "STRUCTURES",
+    "Blast",
+    "Factors",
+    "LowRank",
+    "Structure",
+    "spec_from_json",
+    "structure_named",
+]

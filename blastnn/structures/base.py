@@ -1,0 +1,134 @@
+r"""What a structured matrix is: the contract that every structure keeps.
+
+A *spec* is a frozen dataclass of plain numbers. It says how large the factors are and what they
+mean; the tensors live elsewhere, in a dict from factor name to tensor. The laws, which the
+conformance suite holds every registered structure to:
+
+1. ``matmul(x, f) == x @ to_dense(f).T`` for every dtype, device, batch shape and memory layout,
+   and so do the gradients.
+2. ``num_params == sum(prod(shape) for shape in factor_shapes().values())``.
+3. ``for_budget(m, n, k).num_params <= k``, and one more step of rank would exceed ``k``.
+4. ``from_json(to_json()) == self``.
+
+Shape letters: ``m`` out_features, ``n`` in_features, ``r`` rank, ``T`` tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from blastnn.errors import StructureError
+
+Factors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Structure(ABC):
+    """A structured ``(out_features, in_features)`` matrix, described without its numbers."""
+
+    out_features: int
+    in_features: int
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field in ("out_features", "in_features"):
+            require_positive_int(field, getattr(self, field))
+
+    @abstractmethod
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every factor, in the order in which they are stored."""
+
+    @abstractmethod
+    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+        """``x @ to_dense(factors).T``: ``(..., n)`` to ``(..., m)``, without the dense matrix."""
+
+    @abstractmethod
+    def to_dense(self, factors: Factors) -> Tensor:
+        """The dense ``(m, n)`` matrix that the factors stand for."""
+
+    @abstractmethod
+    def init(
+        self,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Tensor]:
+        """Random factors whose dense matrix has entries of standard deviation ``1 / sqrt(n)``."""
+
+    @classmethod
+    @abstractmethod
+    def for_budget(
+        cls, out_features: int, in_features: int, params: int, *, step: int = 1, **options: Any
+    ) -> Self:
+        """The spec of the largest rank, a multiple of ``step``, with at most ``params`` numbers.
+
+        Raises:
+            StructureError: not even the smallest rank fits.
+        """
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers the factors hold; also the multiplications per token."""
+        return sum(math.prod(shape) for shape in self.factor_shapes().values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain JSON values, with the structure's registered name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+        return {"structure": self.name, **plain}
+
+    def check(self, factors: Factors) -> None:
+        """Raise StructureError unless ``factors`` has exactly the names and shapes of this spec."""
+        expected = self.factor_shapes()
+        given = {name: tuple(tensor.shape) for name, tensor in factors.items()}
+        if given != expected:
+            raise StructureError(
+                f"the factors of {self} must have the shapes {expected}, but these were given: "
+                f"{given}"
+            )
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise StructureError unless the last dimension of ``x`` is ``in_features``."""
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise StructureError(
+                f"the input of {self} must have the shape (..., {self.in_features}), but has "
+                f"{tuple(x.shape)}"
+            )
+
+
+def require_positive_int(field: str, value: object) -> None:
+    """Raise StructureError unless ``value`` is an int of at least 1 (bools are refused)."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise StructureError(f"{field} must be a whole number of at least 1, but is {value!r}")
+
+
+def rank_for_budget(
+    label: str, params: int, params_per_rank: int, step: int, smallest: int = 1
+) -> int:
+    """The largest multiple of ``step`` whose ``rank * params_per_rank`` is at most ``params``."""
+    require_positive_int("step", step)
+    rank = int(params) // params_per_rank // step * step
+    if rank < smallest:
+        raise StructureError(
+            f"{label}: {params} parameters are fewer than rank {step} takes "
+            f"({step * params_per_rank}); give a larger budget or fewer blocks"
+        )
+    return rank
+
+
+def seeded_normal(
+    shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Standard normal numbers that depend on the seed alone, not on the device or dtype."""
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, dtype=dtype, device="meta")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)

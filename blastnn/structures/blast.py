@@ -1,0 +1,162 @@
+r"""BLAST (arXiv 2410.21262, Section 2): ``A_ij = U_i diag(s_ij) V_j^T``.
+
+Layout: ``U (b1, p, r)``, ``S (b1, b2, r)``, ``V (b2, q, r)`` with ``p = ceil(m / b1)`` and
+``q = ceil(n / b2)``. A dimension that its block count does not divide is padded with zeros: the
+last rows of the last blocks exist in the factors (and are counted), but no input reaches them and
+no output shows them. Parameters and multiplications per token: ``r (b1 p + b2 q + b1 b2)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from blastnn.errors import StructureError
+from blastnn.structures.base import (
+    Factors,
+    Structure,
+    rank_for_budget,
+    require_positive_int,
+    seeded_normal,
+)
+
+# Up to this many tokens the coupling is a broadcast product; beyond it, a batched product over
+# the rank, which never builds the (b1, b2, tokens, r) tensor. Measured in benchmarks/.
+FEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Blast(Structure):
+    """A ``b1 x b2`` block matrix with factors shared along block rows and block columns."""
+
+    rank: int
+    blocks: tuple[int, int]
+    name: ClassVar[str] = "blast"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_int("rank", self.rank)
+        object.__setattr__(self, "blocks", _pair(self.blocks))
+        for given, size, word in zip(
+            self.blocks, (self.out_features, self.in_features), ("row", "column"), strict=True
+        ):
+            if given > size:
+                raise StructureError(
+                    f"{given} {word} blocks do not fit a {self.out_features} x {self.in_features} "
+                    f"matrix with {size} {word}s; give at most {size}"
+                )
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """``(p, q)``, the rows and columns of one block, padding included."""
+        (b1, b2) = self.blocks
+        return -(-self.out_features // b1), -(-self.in_features // b2)
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """``(b1 p, b2 q)``: the matrix shape rounded up to whole blocks."""
+        (b1, b2), (p, q) = self.blocks, self.block_shape
+        return b1 * p, b2 * q
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """``U (b1, p, r)``, ``S (b1, b2, r)``, ``V (b2, q, r)``."""
+        (b1, b2), (p, q), r = self.blocks, self.block_shape, self.rank
+        return {"U": (b1, p, r), "S": (b1, b2, r), "V": (b2, q, r)}
+
+    def matmul(self, x: Tensor, factors: Factors) -> Tensor:
+        """Algorithm 1: ``z_j = V_j^T x_j``, ``w_i = sum_j s_ij z_j``, ``y_i = U_i w_i``."""
+        self.check_input(x)
+        U, S, V = factors["U"], factors["S"], factors["V"]
+        (b1, b2), (_, q) = self.blocks, self.block_shape
+        tokens = x.reshape(-1, self.in_features)
+        columns = _pad_last(tokens, b2 * q).view(-1, b2, q)  # (T, b2, q)
+        multiply = _few_tokens if columns.shape[0] <= FEW_TOKENS else _many_tokens
+        y = multiply(columns, U, S, V)  # (T, b1 p)
+        return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+
+    def to_dense(self, factors: Factors) -> Tensor:
+        """Every block ``U_i diag(s_ij) V_j^T`` in its place; padding cut off."""
+        U, S, V = factors["U"], factors["S"], factors["V"]
+        blocks = torch.einsum("ipr,ijr,jqr->ipjq", U, S, V)
+        return blocks.reshape(self.padded_shape)[: self.out_features, : self.in_features]
+
+    def init(
+        self,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Tensor]:
+        r"""``s ~ Unif(0, 2)`` as in Appendix C.2, ``U, V`` normal with the scale that the text means.
+
+        An entry is ``sum_r u s v`` with ``E[s^2] = 4/3``, so its variance is ``r 4/3 std^4``; ``std``
+        is chosen to make that ``1/n``.
+        """
+        shapes = self.factor_shapes()
+        std = (3.0 / (4.0 * self.rank * self.in_features)) ** 0.25
+        return {
+            "U": std * seeded_normal(shapes["U"], seed, dtype, device),
+            "S": _uniform(shapes["S"], seed + 1, dtype, device),
+            "V": std * seeded_normal(shapes["V"], seed + 2, dtype, device),
+        }
+
+    @classmethod
+    def for_budget(
+        cls,
+        out_features: int,
+        in_features: int,
+        params: int,
+        *,
+        step: int = 1,
+        blocks: int | tuple[int, int] = 4,
+        **options: Any,
+    ) -> Self:
+        """The largest rank that fits, with ``blocks`` (one number stands for ``b1 = b2``)."""
+        one = cls(out_features, in_features, rank=1, blocks=_pair(blocks), **options)
+        label = f"BLAST {out_features} x {in_features} in {one.blocks[0]} x {one.blocks[1]} blocks"
+        rank = rank_for_budget(label, params, one.num_params, step)
+        return cls(out_features, in_features, rank=rank, blocks=one.blocks, **options)
+
+
+def _few_tokens(columns: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+    """Algorithm 1 as in the paper's Figure 8: the coupling by broadcasting. ``(T, b2, q)`` in."""
+    z = torch.bmm(columns.transpose(0, 1), V)  # (b2, T, r)
+    w = (z.unsqueeze(0) * S.unsqueeze(2)).sum(1)  # (b1, T, r)
+    return torch.bmm(w, U.mT).transpose(0, 1).reshape(columns.shape[0], -1)
+
+
+def _many_tokens(columns: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+    """Algorithm 1 with the coupling as ``r`` small products ``(b1, b2) x (b2, T)``."""
+    z = torch.bmm(V.mT, columns.permute(1, 2, 0))  # (b2, r, T)
+    w = torch.bmm(S.permute(2, 0, 1), z.transpose(0, 1))  # (r, b1, T)
+    y = torch.bmm(U, w.transpose(0, 1))  # (b1, p, T)
+    return y.reshape(-1, columns.shape[0]).T
+
+
+def _pad_last(x: Tensor, size: int) -> Tensor:
+    """Zeros appended to the last dimension up to ``size``; no copy where nothing is missing."""
+    return x if x.shape[-1] == size else pad(x, (0, size - x.shape[-1]))
+
+
+def _uniform(
+    shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Uniform numbers on (0, 2) that depend on the seed alone."""
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, dtype=dtype, device="meta")
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.rand(shape, generator=generator)).to(device=device, dtype=dtype)
+
+
+def _pair(blocks: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """``b`` or ``(b1, b2)`` as a checked pair."""
+    pair = (blocks, blocks) if isinstance(blocks, int) else tuple(blocks)
+    if len(pair) != 2:
+        raise StructureError(f"blocks must be one number or a pair (b1, b2), but is {blocks!r}")
+    for value in pair:
+        require_positive_int("blocks", value)
+    return pair
