@@ -67,6 +67,7 @@ def factorize(
     second_moment: Tensor | None = None,
     solver: str = "auto",
     seed: int = 0,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> FactorizationResult:
     """Factorise a dense ``(out_features, in_features)`` weight into the structure of ``spec``.
@@ -77,6 +78,7 @@ def factorize(
         second_moment: ``C = E[x x^T]`` of the layer's inputs, ``(in_features, in_features)``; the
             error is then ``|| (A - A^) C^(1/2) ||`` instead of the Frobenius norm.
         solver: a name from ``SOLVERS`` or ``"auto"``; ``automatic_table()`` tells what that means.
+        dtype: of the returned factors; the weight's where None.
         seed: for every random choice of the solver; the same seed gives the same bits.
         options: of the solver, e.g. ``sweeps`` of ``als`` or ``steps`` of ``precgd``.
 
@@ -95,7 +97,7 @@ def factorize(
         solution = _zero_solution(spec, weight)
     else:
         solution = SOLVERS[name].solve(problem, spec, seed, **options)
-    factors = _unscaled(solution.factors, problem.scale, weight.dtype)
+    factors = _unscaled(solution.factors, problem.scale, dtype or weight.dtype)
     dense = spec.to_dense({k: v.double() for k, v in factors.items()}) / problem.scale
     return FactorizationResult(
         factors=factors,

@@ -102,16 +102,19 @@ class WeightLoader:
                 if alias.endswith(new):
                     yield alias.removesuffix(new) + old
 
-    def load(self, name: str, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-        """Fill a module, whose name in the model is ``name``, from disk; floats become ``dtype``.
+    def load(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> None:
+        """Fill parameters and buffers of the model from disk; floats become ``dtype``.
 
         Raises:
             CheckpointError: a tensor is missing or has another shape than the model's.
         """
-        prefix = f"{name}." if name else ""
-        for key in self._stored_keys(module):
-            value = self.read(prefix + key, tuple(_get(module, key).shape))
-            _set(module, key, value.to(dtype) if value.is_floating_point() else value)
+        read: dict[str, Tensor] = {}  # tied parameters share one tensor
+        for name in names:
+            stored = self.stored_name(name)
+            if stored not in read:
+                value = self.read(name, tuple(_get(self.model, name).shape))
+                read[stored] = value.to(dtype) if value.is_floating_point() else value
+            _set(self.model, name, read[stored])
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One parameter's value as stored, checked against the model's ``shape``."""
@@ -123,20 +126,18 @@ class WeightLoader:
             )
         return self.folder.tensors.read(stored)
 
-    def _stored_keys(self, module: nn.Module) -> list[str]:
-        return [key for key in module.state_dict(keep_vars=True)]
+    def release(self, names: Iterable[str]) -> None:
+        """Drop the values of parameters: they go back to the meta device."""
+        for name in names:
+            value = _get(self.model, name)
+            if isinstance(value, nn.Parameter):
+                _set(self.model, name, value.detach().to("meta"))
 
 
-def release(module: nn.Module) -> None:
-    """Drop a module's weights: every parameter goes back to the meta device."""
-    for key, value in list(module.named_parameters()):
-        _set(module, key, value.detach().to("meta"))
-
-
-def names_below(names: Iterable[str], prefixes: Iterable[str]) -> set[str]:
-    """Those of ``names`` that lie below one of ``prefixes``."""
+def names_below(names: Iterable[str], prefixes: Iterable[str]) -> list[str]:
+    """Those of ``names`` that lie below one of ``prefixes``, in their order."""
     roots = tuple(f"{prefix}." for prefix in prefixes)
-    return {name for name in names if name.startswith(roots)}
+    return [name for name in names if name.startswith(roots)]
 
 
 def _get(module: nn.Module, key: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,22 @@ class TensorFolder:
 
     Args:
         folder: holds ``model.safetensors``, or shards with ``model.safetensors.index.json``.
+        files: the names of the files to read instead of these.
 
     Raises:
         CheckpointError: no safetensors, a missing, empty or truncated file, an index that does not
             match its shards, or only pickles, which are never read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: list[str] | None = None) -> None:
         self.folder = folder
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        for file in _shards(folder):
+        for file in files or _shards(folder):
             for name in self._open(file).keys():  # noqa: SIM118 (not a mapping)
                 self._file_of[name] = file
-        _check_index(folder, self._file_of)
+        if files is None:
+            _check_index(folder, self._file_of)
 
     @property
     def names(self) -> list[str]:
@@ -78,6 +81,15 @@ class TensorFolder:
             return self._handle(name).get_tensor(name).clone()
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / self._file_of[name]}: {error}") from error
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.shape_bytes(name) for name in self._file_of)
+
+    def shape_bytes(self, name: str) -> int:
+        """Bytes of one tensor, from the header alone."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def sha256(self) -> str:
         """One digest over all files, names included."""

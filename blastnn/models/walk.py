@@ -32,6 +32,18 @@ class Call:
         return first_tensor(module(hidden, *self.args, **self.kwargs))
 
 
+@dataclass(frozen=True)
+class Trace:
+    """The calls of all blocks in order, and how hidden states look as a block's output."""
+
+    calls: list[Call]
+    wrap: Callable[[Tensor], Any]
+
+    def of_block(self, index: int) -> list[Call]:
+        """The calls of one block."""
+        return [call for call in self.calls if call.block == index]
+
+
 class StopForward(Exception):  # noqa: N818 (not an error: a signal)
     """Raised inside a forward pass to end it early, carrying the tensor that was wanted."""
 
@@ -45,7 +57,7 @@ def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def record_calls(run: Callable[[], Any], blocks: Sequence[Block]) -> list[Call]:
+def record_calls(run: Callable[[], Any], blocks: Sequence[Block]) -> Trace:
     """The calls of all blocks, in order, while ``run`` runs the model once.
 
     The first block must hold its weights: it is really run once, to see what a block returns.
@@ -68,7 +80,7 @@ def record_calls(run: Callable[[], Any], blocks: Sequence[Block]) -> list[Call]:
     with _replaced(blocks, recorder):
         run()
     _check_order([call.block for call in calls], blocks)
-    return calls
+    return Trace(calls, wraps[0])
 
 
 def capture_input(run: Callable[[], Any], blocks: Sequence[Block]) -> Tensor:
@@ -84,11 +96,13 @@ def capture_input(run: Callable[[], Any], blocks: Sequence[Block]) -> Tensor:
         return stopped(run)
 
 
-def run_tail(run: Callable[[], Any], blocks: Sequence[Block], hidden: Tensor) -> Any:
+def run_tail(
+    run: Callable[[], Any], blocks: Sequence[Block], wrap: Callable[[Tensor], Any], hidden: Tensor
+) -> Any:
     """What ``run`` returns when the blocks, taken together, produce ``hidden``."""
 
     def recorder(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: hidden
+        return lambda *args, **kwargs: wrap(hidden)
 
     with _replaced(blocks, recorder):
         return run()

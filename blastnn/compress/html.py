@@ -1,0 +1,252 @@
+"""The report of a compression as one self-contained HTML page.
+
+Each function below returns one section, and copes with any part of the report being absent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blastnn.compress import charts
+from blastnn.compress.html_coverage import coverage_section, unusable_errors
+from blastnn.compress.html_page import (
+    ARROW,
+    DASH,
+    Html,
+    absent,
+    amount_of_parameters,
+    change,
+    count,
+    document,
+    duration,
+    element,
+    fingerprint,
+    finite,
+    folded,
+    join,
+    note,
+    number,
+    pairs,
+    part,
+    percent,
+    plain,
+    records,
+    section,
+    size,
+    table,
+)
+from blastnn.compress.html_sections import (
+    Report,
+    error_section,
+    measured_texts,
+    perplexity_section,
+    sample_section,
+    size_section,
+    speed_ratio,
+    speed_section,
+)
+
+_WARNINGS_SHOWN = 8
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """Return the whole report as one HTML page that loads nothing from outside itself."""
+    layers = records(report.get("coverage"))
+    name = part(report, "source", "name") or "unnamed model"
+    return document(
+        f"{name}: compression report",
+        _headline(report, name),
+        _warnings(report, layers),
+        _figures(report, layers),
+        error_section(layers),
+        size_section(report),
+        perplexity_section(report),
+        speed_section(report),
+        sample_section(report),
+        _calibration(report),
+        _facts("Options", report.get("options")),
+        element("div", _time(report), _memory(report), class_="two"),
+        element("div", _source(report), _self_check(report), class_="two"),
+        _facts("Versions", report.get("environment")),
+        coverage_section(layers),
+        _footer(report),
+    )
+
+
+def _from_to(before: object, after: object) -> Html:
+    return join((before, element("span", f" {ARROW} ", class_="arrow"), after))
+
+
+def _headline(report: Report, name: object) -> Html:
+    of = "model" if part(report, "keep", "of") == "model" else "targets"
+    kept = element("b", percent(part(report, "keep", of, "params", "kept")))
+    owner = "the parameters of the " + {"model": "whole model", "targets": "target layers"}[of]
+    lead = ("Keeps ", kept, f" of {owner}; perplexity ", *_perplexity_words(report))
+    return element(
+        "header",
+        element("p", "Compression report", class_="eyebrow"),
+        element("h1", name),
+        element("p", *lead, class_="lead"),
+    )
+
+
+def _perplexity_words(report: Report) -> list[object]:
+    texts = measured_texts(report)
+    if not texts:
+        return [f"not measured: {report.get('not_measured') or 'no reason given'}"]
+    dense, compressed = texts[0].get("dense"), texts[0].get("compressed")
+    where = f" ({change(dense, compressed)}) on {texts[0].get('text') or 'unnamed text'}"
+    return [element("b", _from_to(number(dense), number(compressed))), where]
+
+
+def _warnings(report: Report, layers: list[dict[str, Any]]) -> Html:
+    given = report.get("warnings")
+    warnings = [plain(warning) for warning in given] if isinstance(given, list) else []
+    if part(report, "self_check", "verified") is False:
+        warnings.insert(0, "The self-check failed: see below.")
+    warnings += unusable_errors(layers)
+    if not warnings:
+        return Html()
+    items = [element("li", warning) for warning in warnings]
+    first, rest = items[:_WARNINGS_SHOWN], items[_WARNINGS_SHOWN:]
+    title = "1 warning" if len(items) == 1 else f"{count(len(items))} warnings"
+    more = folded(f"{count(len(rest))} more", element("ul", *rest)) if rest else ""
+    return section(title, element("ul", *first), more, name="warnings")
+
+
+def _figures(report: Report, layers: list[dict[str, Any]]) -> Html:
+    compressed = sum(layer.get("status") == "compressed" for layer in layers)
+    time = duration(part(report, "timing", "total"))
+    covered = f"{count(compressed)} of {count(len(layers))}"
+    return element(
+        "dl",
+        _kept_figure(report, "targets", "Parameters kept, targets"),
+        _kept_figure(report, "model", "Parameters kept, whole model"),
+        _size_figure(report),
+        _perplexity_figure(report),
+        _decode_figure(report),
+        _figure("Linear layers compressed", covered, "" if time == DASH else f"in {time}"),
+        class_="figures",
+    )
+
+
+def _figure(label: str, big: object, detail: object) -> Html:
+    value = element("div", big, class_="big")
+    description = element("dd", value, element("div", detail, class_="detail"))
+    return element("div", element("dt", label), description)
+
+
+def _kept_figure(report: Report, of: str, label: str) -> Html:
+    params = part(report, "keep", of, "params")
+    before, after = (amount_of_parameters(part(params, when)) for when in ("before", "after"))
+    detail = f"{before} {ARROW} {after}"
+    if part(report, "keep", "of") == of:
+        detail += f", asked {percent(part(report, 'keep', 'asked'))}"
+    return _figure(label, percent(part(params, "kept")), detail)
+
+
+def _size_figure(report: Report) -> Html:
+    sizes = part(report, "keep", "model", "bytes")
+    big = _from_to(size(part(sizes, "before")), size(part(sizes, "after")))
+    return _figure("Size, whole model", big, f"{percent(part(sizes, 'kept'))} of the bytes kept")
+
+
+def _perplexity_figure(report: Report) -> Html:
+    texts = measured_texts(report)
+    if not texts:
+        return _figure("Perplexity", DASH, "not measured")
+    dense, compressed = texts[0].get("dense"), texts[0].get("compressed")
+    detail = f"{change(dense, compressed)} on {texts[0].get('text') or 'unnamed text'}"
+    return _figure("Perplexity", _from_to(number(dense), number(compressed)), detail)
+
+
+def _decode_figure(report: Report) -> Html:
+    pair = part(report, "measured", "speed", "decode")
+    if pair is None:
+        return _figure("Decode speed", DASH, "not measured")
+    dense, compressed = number(part(pair, "dense"), 3), number(part(pair, "compressed"), 3)
+    return _figure("Decode speed", speed_ratio(pair), f"{dense} {ARROW} {compressed} tokens/s")
+
+
+def _calibration(report: Report) -> Html:
+    calibration = report.get("calibration")
+    if not calibration:
+        return section("Calibration", absent("calibration text", "none was used"))
+    seed = part(calibration, "seed")
+    facts = [
+        ("Windows", count(part(calibration, "windows"))),
+        ("Tokens per window", count(part(calibration, "window"))),
+        ("Tokens", count(part(calibration, "tokens"))),
+        ("Seed", plain(part(report, "options", "seed") if seed is None else seed)),
+        ("Tokens SHA-256", fingerprint(part(calibration, "tokens_sha256"))),
+    ]
+    rows = [
+        (
+            source.get("name") or DASH,
+            count(source.get("tokens")),
+            count(source.get("windows")),
+            fingerprint(source.get("sha256")),
+        )
+        for source in records(part(calibration, "sources"))
+    ]
+    sources = table(("Source", "Tokens#", "Windows#", "SHA-256"), rows) if rows else ""
+    return section("Calibration", pairs(facts), sources)
+
+
+def _facts(title: str, facts: object) -> Html:
+    """Return a flat dict as it is, in its own order."""
+    if not isinstance(facts, dict) or not facts:
+        return section(title, absent(title.lower(), "none recorded"))
+    return section(title, pairs((plain(key), _value(facts[key])) for key in facts))
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return DASH if value is None else plain(value)
+
+
+def _time(report: Report) -> Html:
+    timing = report.get("timing")
+    names = {"factorise": "Factorising", "forward": "Forward passes", "other": "Other"}
+    spent = {title: finite(part(timing, key)) for key, title in names.items()}
+    known = [(title, seconds) for title, seconds in spent.items() if seconds is not None]
+    if not known:
+        return section("Time", absent("time", "none recorded"))
+    total = ("Total", duration(part(timing, "total")))
+    rows = [*((title, duration(seconds)) for title, seconds in known), total]
+    return section("Time", charts.split_bar(known), pairs(rows))
+
+
+def _memory(report: Report) -> Html:
+    memory = report.get("memory")
+    peak = part(memory, "peak_anonymous_bytes")
+    how = plain(part(memory, "how") or "")
+    if peak is None:
+        return section("Memory", absent("peak memory not measured", how))
+    return section("Memory", pairs([("Peak anonymous memory", size(peak))]), note(how))
+
+
+def _source(report: Report) -> Html:
+    source = report.get("source")
+    rows = [
+        ("Path", part(source, "path") or DASH),
+        ("SHA-256", part(source, "sha256") or DASH),
+        ("Note", part(source, "note") or DASH),
+    ]
+    return section("Source model", pairs((name, element("code", value)) for name, value in rows))
+
+
+def _self_check(report: Report) -> Html:
+    check = report.get("self_check")
+    if not isinstance(check, dict):
+        return section("Self-check", absent("self-check", "none recorded"))
+    verdicts = {True: "yes", False: "NO, it failed", None: "not checked"}
+    verified = check.get("verified")
+    verdict = next((words for key, words in verdicts.items() if verified is key), plain(verified))
+    return _facts("Self-check", {**check, "verified": verdict})
+
+
+def _footer(report: Report) -> Html:
+    words = (report.get("format"), report.get("created"))
+    return element("footer", " \N{MIDDLE DOT} ".join(plain(word) for word in words if word))

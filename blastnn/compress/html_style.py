@@ -1,0 +1,189 @@
+"""The style sheet of the report page."""
+
+from __future__ import annotations
+
+# Kinds of layer are told apart by this many colours, each with a round and then a square mark.
+COLOURS = 8
+NAMED_KINDS = 2 * COLOURS
+
+_LIGHT = (
+    "--paper:#fafaf8;--card:#fff;--ink:#1c1e22;--soft:#62666f;--rule:#e3e3de;--faint:#f1f1ed;"
+    "--accent:#2f5bd0;--dense:#a7adb8;--warn:#8a4b00;--warn-back:#fff6e3;--warn-rule:#eac47c;"
+    "--k0:#2f5bd0;--k1:#e0692a;--k2:#22936a;--k3:#b8408f;--k4:#8d7412;--k5:#1690b0;--k6:#7c55cf;"
+    "--k7:#cb3a48;"
+)
+_DARK = (
+    "--paper:#131519;--card:#1a1d22;--ink:#e7e8ea;--soft:#9aa0aa;--rule:#2c3037;--faint:#21252b;"
+    "--accent:#85a7ff;--dense:#626a77;--warn:#ffcb80;--warn-back:#2b2214;--warn-rule:#6d5325;"
+    "--k0:#85a7ff;--k1:#ff9c66;--k2:#56c99a;--k3:#f285cc;--k4:#d6b64a;--k5:#4ccbe6;--k6:#b798ff;"
+    "--k7:#ff828b;"
+)
+
+_BASE = """
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
+body{margin:0;background:var(--paper);color:var(--ink);
+ font:15px/1.55 Inter,ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+ font-variant-numeric:tabular-nums;-webkit-font-smoothing:antialiased}
+main{max-width:66rem;margin:0 auto;padding:3.5rem 1.5rem 4rem}
+h1,h2,h3,p,dl,ul,figure{margin:0;padding:0}
+h1{font-size:clamp(1.9rem,5vw,2.75rem);line-height:1.12;letter-spacing:-.022em;font-weight:650;
+ overflow-wrap:anywhere}
+h2{font-size:1.15rem;letter-spacing:-.01em;font-weight:620;margin-bottom:.9rem;line-height:1.3}
+h3{font-size:.85rem;font-weight:600;color:var(--soft);margin:0 0 .5rem}
+section{margin-top:3rem;min-width:0}
+b,strong{font-weight:620}
+code,.mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+ font-size:.86em;overflow-wrap:anywhere;unicode-bidi:isolate}
+.eyebrow{color:var(--soft);font-size:.85rem;margin-bottom:.5rem}
+.lead{font-size:1.15rem;line-height:1.5;color:var(--soft);margin-top:.9rem;max-width:46rem}
+.lead b{color:var(--ink)}
+.note{color:var(--soft);font-size:.85rem;margin-top:.7rem;max-width:50rem}
+h2+.note{margin:-.6rem 0 1rem}
+.absent{color:var(--soft);border:1px dashed var(--rule);border-radius:8px;padding:.75rem 1rem}
+.warnings{background:var(--warn-back);border:1px solid var(--warn-rule);border-radius:10px;
+ padding:1rem 1.25rem;margin-top:2rem}
+.warnings h2{color:var(--warn);font-size:1rem;margin-bottom:.35rem}
+.warnings ul{padding-left:1.1rem}.warnings li{overflow-wrap:anywhere}
+.two{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));column-gap:3.5rem}
+.hash{display:inline-block;max-width:12ch;overflow:hidden;text-overflow:ellipsis;
+ white-space:nowrap;vertical-align:bottom;user-select:all}
+"""
+
+_FIGURES = """
+.figures{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));margin-top:2.25rem;
+ background:var(--card);border:1px solid var(--rule);border-radius:12px;overflow:hidden;gap:0}
+.figures>div{padding:1.15rem 1.4rem 1.2rem;margin:0 -1px -1px 0;
+ border:solid var(--rule);border-width:0 1px 1px 0}
+.figures dt{font-size:.85rem;color:var(--soft)}
+.figures dd{margin:0}
+.figures .big{font-size:clamp(1.35rem,3.2vw,1.9rem);font-weight:620;letter-spacing:-.02em;
+ line-height:1.3;white-space:nowrap}
+.figures .detail{font-size:.85rem;color:var(--soft)}
+.arrow{color:var(--soft);font-weight:400;padding:0 .22em}
+"""
+
+_CHARTS = """
+.plot svg{display:block;width:100%;height:auto;overflow:visible}
+.plot text{font-size:12.5px;fill:var(--soft)}
+.plot .grid line{stroke:var(--rule)}
+.plot .zero{stroke:var(--soft)}
+.series{transition:opacity .12s}
+.series path{fill:none;stroke:var(--c);stroke-width:1.5;stroke-linejoin:round;opacity:.75}
+.mark{fill:var(--c);stroke:transparent;stroke-width:7}
+.legend{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;list-style:none;margin-top:.9rem;
+ font-size:.85rem}
+.legend li{display:flex;align-items:center;gap:.45em;cursor:default;outline-offset:3px}
+.legend svg{flex:none;fill:var(--c)}
+.bars{display:grid;grid-template-columns:fit-content(40%) minmax(3rem,1fr) auto;
+ gap:.45rem .9rem;align-items:center;font-size:.9rem}
+.bar-row{display:contents}
+.bar-label{overflow-wrap:anywhere;line-height:1.3}
+.bar-value{text-align:right;white-space:nowrap}
+.bar-value small{color:var(--soft);font-size:.85em}
+.bar{display:block;width:100%;height:14px;overflow:visible;border-left:1px solid var(--soft)}
+.bar rect{fill:var(--c)}
+.bar line{stroke:var(--ink);stroke-width:1.25;opacity:.65}
+.bars+h3,.bars+.bars{margin-top:1.25rem}
+.split{display:block;width:100%;height:18px}
+.split rect{fill:var(--c)}
+.dense{--c:var(--dense)}.compressed{--c:var(--accent)}.k-other{--c:var(--soft)}
+"""
+
+_TABLES = """
+.scroll{overflow:auto;border:1px solid var(--rule);border-radius:10px;background:var(--card)}
+.tall{max-height:78vh}
+table{border-collapse:separate;border-spacing:0;width:100%;font-size:.86rem;line-height:1.4}
+th,td{padding:.5rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
+tbody tr:last-child>*{border-bottom:0}
+thead th{font-weight:500;color:var(--soft);white-space:nowrap;position:sticky;top:0;
+ background:var(--card);z-index:1}
+tbody th{font-weight:500;overflow-wrap:anywhere;min-width:9rem}
+.number{text-align:right;white-space:nowrap}
+.bars+.scroll,.scroll+.bars,.scroll+h3,.pairs+.scroll,.scroll+.pairs{margin-top:1.25rem}
+.coverage tbody th{min-width:15rem}
+.coverage td{white-space:nowrap}.coverage td:last-child{white-space:normal;min-width:16rem}
+.coverage .kept{color:var(--soft)}
+.status{display:inline-flex;align-items:center;gap:.4em}
+.status::before{content:"";width:.55em;height:.55em;border-radius:50%;background:var(--accent)}
+.kept .status::before{background:none;box-shadow:inset 0 0 0 1.5px var(--soft)}
+.cell-bar{display:block;padding-left:3.2rem;background:linear-gradient(var(--dense),var(--dense))
+ left center/calc(2.8rem*var(--w)) .5rem no-repeat}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));column-gap:2.5rem}
+.pairs>div{display:flex;justify-content:space-between;gap:1rem;padding:.36rem 0;
+ border-bottom:1px solid var(--rule);font-size:.9rem;min-width:0}
+.pairs dt{color:var(--soft);flex:none;max-width:55%;overflow-wrap:anywhere}
+.pairs dd{margin:0;text-align:right;overflow-wrap:anywhere;min-width:0}
+.two .pairs{grid-template-columns:1fr}
+details{margin-top:1rem}
+summary{cursor:pointer;font-weight:550;padding:.35rem 0}
+details[open]>summary{margin-bottom:.6rem}
+.sample{border:1px solid var(--rule);border-radius:10px;background:var(--card);
+ padding:1rem 1.25rem;min-width:0}
+.samples{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:1rem;margin-top:1rem}
+.prose{white-space:pre-wrap;overflow-wrap:anywhere;max-height:32rem;overflow:auto}
+.same{color:var(--soft)}
+footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--rule);color:var(--soft);
+ font-size:.85rem;overflow-wrap:anywhere}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+"""
+
+_PHONE = """
+@media (max-width:46rem){
+main{padding:2rem 1.1rem 3rem}
+section{margin-top:2.5rem}
+.two,.samples{grid-template-columns:minmax(0,1fr)}
+.figures{grid-template-columns:repeat(2,minmax(0,1fr))}
+.figures>div{padding:.9rem 1rem}
+.plot text{font-size:22px}
+.plot .mark{stroke-width:10}
+.bars{display:block}
+.bar-row{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:.15rem .8rem;
+ margin-bottom:.6rem}
+.bar{grid-row:2;grid-column:1/-1}
+}
+@media (max-width:22rem){.figures{grid-template-columns:minmax(0,1fr)}}
+"""
+
+_PRINT = """
+@media print{
+@page{margin:14mm}
+body{font-size:10.5pt;background:none}
+main{max-width:none;padding:0}
+section{margin-top:1.6rem}
+h2{break-after:avoid}
+figure,.figures,.bar-row,.bars,.pairs>div,.warnings,tr{break-inside:avoid}
+.scroll,.prose{overflow:visible;max-height:none}
+.coverage{border:0}.coverage table{font-size:6.5pt}
+.coverage th,.coverage td{padding:.15rem .3rem;white-space:normal}
+.coverage tbody th,.coverage td:last-child{min-width:0}
+.hash{max-width:none;white-space:normal}
+thead th{position:static}
+.status::before{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+}
+"""
+
+
+def _kind_rules() -> str:
+    """Give each kind its colour, and fade the others while one is pointed at."""
+    colours = (f".k{index}{{--c:var(--k{index % COLOURS})}}" for index in range(NAMED_KINDS))
+    names = [f"k{index}" for index in range(NAMED_KINDS)] + ["k-other"]
+    chosen = ":is(:hover,:focus)"
+    fading = (f".plot:has(li.{name}{chosen}) .series:not(.{name}){{opacity:.1}}" for name in names)
+    return "\n".join((*colours, *fading))
+
+
+STYLE = "\n".join(
+    (
+        f":root{{color-scheme:light dark;{_LIGHT}}}",
+        # Paper is white, whatever the screen is.
+        f"@media screen and (prefers-color-scheme:dark){{:root{{{_DARK}}}}}",
+        _BASE,
+        _FIGURES,
+        _CHARTS,
+        _kind_rules(),
+        _TABLES,
+        _PHONE,
+        _PRINT,
+    )
+)

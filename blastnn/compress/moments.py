@@ -1,0 +1,143 @@
+r"""Second moments of a layer's inputs, gathered while calibration text passes through a block.
+
+``C = E[x^ x^^T]`` with ``x^`` the input in the compressed model, and ``D = E[x x^^T]`` with ``x``
+the input in the dense model. Products of one window are float32, their sum is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blastnn.errors import CalibrationError
+from blastnn.models.walk import Call, StopForward
+
+
+@dataclass(frozen=True)
+class Moments:
+    """``C (n, n)`` and, where dense and compressed inputs differ, ``D (n, n)``; float64."""
+
+    second: Tensor
+    cross: Tensor | None
+    tokens: int
+
+    def damped(self, damping: float) -> tuple[Tensor, Tensor | None]:
+        """Both with ``damping`` times the mean diagonal of ``C`` added to their diagonals."""
+        amount = damping * self.second.diagonal().mean()
+        shifted = [None if m is None else m.clone() for m in (self.second, self.cross)]
+        for moment in shifted:
+            if moment is not None:
+                moment.diagonal().add_(amount)
+        assert shifted[0] is not None
+        return shifted[0], shifted[1]
+
+
+class MomentSum:
+    """Accumulates ``x^T x`` or ``x^T x^`` over windows."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self.tokens = 0
+
+    def add(self, compressed: Tensor, dense: Tensor | None = None) -> None:
+        """Inputs ``(tokens, n)`` of the compressed model and, aligned, of the dense one."""
+        self._accumulate("second", compressed.mT @ compressed)
+        if dense is not None:
+            self._accumulate("cross", dense.mT @ compressed)
+        self.tokens += compressed.shape[0]
+
+    def _accumulate(self, key: str, product: Tensor) -> None:
+        if key not in self._sums:
+            self._sums[key] = torch.zeros(product.shape, dtype=torch.float64)
+        self._sums[key] += product
+
+    def finish(self, layer: str) -> Moments:
+        """The means.
+
+        Raises:
+            CalibrationError: an input was not finite; names the layer.
+        """
+        means = {key: total / self.tokens for key, total in self._sums.items()}
+        if not all(bool(torch.isfinite(mean).all()) for mean in means.values()):
+            raise CalibrationError(
+                f"the inputs of {layer} are not all finite: its weights, or those of a layer "
+                "before it, are damaged"
+            )
+        return Moments(means["second"], means.get("cross"), self.tokens)
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Layers of one block that read the same tensor, by their names inside the block."""
+
+    layers: tuple[str, ...]
+    calls: int
+
+
+def find_groups(
+    block: nn.Module, calls: Sequence[Call], hidden: Tensor, layers: Iterable[str]
+) -> list[InputGroup]:
+    """Run a block once and see which layers read the same input, in order of their first call.
+
+    Layers that are never called are in no group.
+    """
+    inputs: dict[str, list[Tensor]] = {}
+
+    def remember(name: str, x: Tensor) -> None:
+        inputs.setdefault(name, []).append(x)  # kept alive, so that no address is used twice
+
+    with _Listener(block, list(layers), remember):
+        run_calls(block, calls, hidden)
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, tensors in inputs.items():
+        key = tuple((t.data_ptr(), tuple(t.shape), t.stride()) for t in tensors)
+        groups.setdefault(key, []).append(name)
+    return [InputGroup(tuple(names), len(key)) for key, names in groups.items()]
+
+
+def run_calls(block: nn.Module, calls: Sequence[Call], hidden: Tensor) -> Tensor:
+    """All calls of one block, one after the other."""
+    for call in calls:
+        hidden = call.run(block, hidden)
+    return hidden
+
+
+def layer_inputs(
+    block: nn.Module, calls: Sequence[Call], hidden: Tensor, group: InputGroup
+) -> Tensor:
+    """The inputs ``(tokens, n)`` of a group's layers; stops the block as soon as it has them."""
+    found: list[Tensor] = []
+
+    def take(_: str, x: Tensor) -> None:
+        found.append(x.reshape(-1, x.shape[-1]))
+        if len(found) == group.calls:
+            raise StopForward(x)
+
+    with _Listener(block, [group.layers[0]], take):
+        try:
+            run_calls(block, calls, hidden)
+        except StopForward:
+            pass
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+class _Listener:
+    """Forward pre-hooks on named layers of a block, removed on leaving."""
+
+    def __init__(self, block: nn.Module, layers: list[str], hear) -> None:  # noqa: ANN001
+        self._hooks = [
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda _module, args, name=name: hear(name, args[0])
+            )
+            for name in layers
+        ]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,87 @@
+"""What the user may choose about a compression, checked in one place."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import torch
+
+from blastnn.errors import PlanError
+from blastnn.structures import structure_named
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+PARTS = ("targets", "model")
+
+
+@dataclass(frozen=True)
+class Options:
+    """All choices that change the compressed weights.
+
+    Attributes:
+        keep: share of the parameters to keep, in (0, 1].
+        of: whose parameters ``keep`` counts: of the ``targets`` or of the whole ``model``.
+        structure: registered name of the structure.
+        blocks: block counts ``(b1, b2)``, for structures that have blocks.
+        targets: patterns (``fnmatch``) over layer names or kinds; empty means every linear layer
+            inside the blocks.
+        solver: registered name of the solver, or ``auto``.
+        sweeps: iterations of the solver, where it iterates.
+        tokens, window: how much calibration text, and the length of a sequence.
+        damping: added to the second moments' diagonals, relative to their mean.
+        dtype: of the written tensors; None keeps the source's.
+        seed: of the solver.
+    """
+
+    keep: float = 0.8
+    of: str = "targets"
+    structure: str = "blast"
+    blocks: tuple[int, int] | None = (4, 4)
+    targets: tuple[str, ...] = ()
+    solver: str = "auto"
+    sweeps: int = 30
+    tokens: int = 40960
+    window: int = 1024
+    damping: float = 1e-4
+    dtype: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.keep <= 1.0:
+            raise PlanError(f"keep must be in (0, 1], the share to keep, but is {self.keep}")
+        if self.of not in PARTS:
+            raise PlanError(f"of must be one of {PARTS}, but is {self.of!r}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise PlanError(f"dtype must be one of {sorted(DTYPES)}, but is {self.dtype!r}")
+        structure_named(self.structure)
+        for name in ("sweeps", "tokens", "window"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} must be at least 1, but is {getattr(self, name)}")
+
+    @classmethod
+    def from_preset(cls, preset: str, **chosen: Any) -> Self:
+        """The named preset with the given choices on top; None means not chosen.
+
+        Raises:
+            PlanError: no such preset.
+        """
+        if preset not in PRESETS:
+            raise PlanError(f"unknown preset {preset!r}; choose from {sorted(PRESETS)}")
+        given = {key: value for key, value in chosen.items() if value is not None}
+        return replace(cls(**PRESETS[preset]), **given)
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as plain values."""
+        values = asdict(self)
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"sweeps": 15, "tokens": 16384},
+    "default": {},
+    "best": {"blocks": (8, 8), "sweeps": 60, "tokens": 65536},
+}

@@ -1,0 +1,230 @@
+"""Which layer becomes what, and how large: decided on the meta device, before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from blastnn.compress.options import Options
+from blastnn.errors import PlanError
+from blastnn.files import read_json
+from blastnn.models.linears import LinearInfo, find_linears
+from blastnn.structures import Structure, spec_from_json, structure_named
+
+FORMAT = "blastnn-plan/1"
+OUTSIDE = "outside the blocks; name it in targets to compress it"
+UNTARGETED = "not among the targets"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear layer: compressed into ``spec``, or kept dense for ``reason``."""
+
+    name: str
+    kind: str
+    block: int | None
+    out_features: int
+    in_features: int
+    spec: Structure | None
+    reason: str | None
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the dense matrix."""
+        return self.out_features * self.in_features
+
+    @property
+    def planned_params(self) -> int:
+        """Parameters of what it becomes."""
+        return self.dense_params if self.spec is None else self.spec.num_params
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All linear layers of a model and the parameters around them."""
+
+    layers: tuple[LayerPlan, ...]
+    model_params: int
+    keep: float
+    of: str
+
+    @property
+    def compressed(self) -> tuple[LayerPlan, ...]:
+        """The layers that will be compressed."""
+        return tuple(layer for layer in self.layers if layer.spec is not None)
+
+    @property
+    def target_params(self) -> tuple[int, int]:
+        """Parameters of the compressed layers' matrices, before and after."""
+        before = sum(layer.dense_params for layer in self.compressed)
+        return before, sum(layer.planned_params for layer in self.compressed)
+
+    def of_block(self, index: int) -> list[LayerPlan]:
+        """The layers of one block."""
+        return [layer for layer in self.layers if layer.block == index]
+
+    def keeping(self, reasons: dict[str, str]) -> Self:
+        """The plan with some layers kept dense after all, each for its reason."""
+        layers = (
+            replace(layer, spec=None, reason=reasons[layer.name])
+            if layer.name in reasons
+            else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as the file that ``compress --plan`` takes."""
+        return {
+            "format": FORMAT,
+            "keep": self.keep,
+            "of": self.of,
+            "layers": {
+                layer.name: {"keep": layer.reason} if layer.spec is None else layer.spec.to_json()
+                for layer in self.layers
+            },
+        }
+
+
+def count_params(model: nn.Module, tied: Iterable[str]) -> int:
+    """Parameters of a model, weights tied by name (or one tensor under two names) counted once."""
+    skipped = set(tied)
+    return sum(value.numel() for name, value in model.named_parameters() if name not in skipped)
+
+
+def make_plan(
+    model: nn.Module, blocks: list[str], options: Options, head: str | None, tied: Iterable[str]
+) -> Plan:
+    """The uniform plan: every targeted layer keeps the same share of its parameters.
+
+    Args:
+        model: with its parameters on the meta device or real.
+        blocks: the names of its blocks; ``[""]`` makes the whole model one block.
+        options: ``keep``, ``of``, ``structure``, ``blocks`` and ``targets`` are used.
+        head: the name of the output layer, which may be targeted although it is in no block.
+        tied: names of parameters that only repeat another one.
+
+    Raises:
+        PlanError: a pattern that matches nothing, or a budget that cannot be met.
+        StructureError: a structure that does not fit a layer.
+    """
+    linears = find_linears(model)
+    reasons = {info.name: _reason(info, blocks, options.targets, head) for info in linears}
+    _check_patterns(linears, blocks, options.targets)
+    chosen = [info for info in linears if reasons[info.name] is None]
+    if not chosen:
+        raise PlanError("the model has no linear layer that could be compressed")
+    total = count_params(model, tied)
+    share = _share_of_targets(options, total, sum(info.num_params for info in chosen))
+    layers = [_layer(info, blocks, reasons[info.name], options, share) for info in linears]
+    return Plan(tuple(layers), total, options.keep, options.of)
+
+
+def _layer(
+    info: LinearInfo, blocks: list[str], reason: str | None, options: Options, share: float
+) -> LayerPlan:
+    spec = None
+    if reason is None and share >= 1.0:
+        reason = "keep is 1: nothing to remove"
+    if reason is None:
+        spec = _spec(info, options, int(share * info.num_params))
+    block, kind = _place(info.name, blocks)
+    return LayerPlan(info.name, kind, block, info.out_features, info.in_features, spec, reason)
+
+
+def _spec(info: LinearInfo, options: Options, params: int) -> Structure:
+    structure = structure_named(options.structure)
+    extra: dict[str, Any] = {}
+    if "blocks" in structure.__dataclass_fields__ and options.blocks is not None:
+        extra["blocks"] = options.blocks
+    try:
+        return structure.for_budget(info.out_features, info.in_features, params, **extra)
+    except ValueError as error:
+        raise PlanError(f"layer {info.name}: {error}") from error
+
+
+def _share_of_targets(options: Options, total: int, targeted: int) -> float:
+    """``keep`` as a share of the targets' parameters."""
+    if options.of == "targets":
+        return options.keep
+    share = 1.0 - (1.0 - options.keep) * total / targeted
+    if share <= 0.0:
+        least = 1.0 - targeted / total
+        raise PlanError(
+            f"keep {options.keep} of the model cannot be met: the layers that stay dense are "
+            f"{least:.1%} of it; ask for more, or target more layers"
+        )
+    return share
+
+
+def _reason(
+    info: LinearInfo, blocks: list[str], patterns: tuple[str, ...], head: str | None
+) -> str | None:
+    """Why a layer stays dense, or None."""
+    if info.obstacle is not None:
+        return info.obstacle
+    block, kind = _place(info.name, blocks)
+    if not patterns:
+        return OUTSIDE if block is None else None
+    if not any(_matches(info.name, kind, pattern) for pattern in patterns):
+        return UNTARGETED
+    if block is None and info.name != head:
+        return "targeted, but only layers inside the blocks and the output layer can be compressed"
+    return None
+
+
+def _check_patterns(
+    linears: list[LinearInfo], blocks: list[str], patterns: tuple[str, ...]
+) -> None:
+    for pattern in patterns:
+        if not any(_matches(i.name, _place(i.name, blocks)[1], pattern) for i in linears):
+            kinds = sorted({_place(info.name, blocks)[1] for info in linears})
+            raise PlanError(
+                f"the target pattern {pattern!r} matches no linear layer; kinds here: "
+                f"{', '.join(kinds[:20])}"
+            )
+
+
+def _matches(name: str, kind: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(kind, pattern)
+
+
+def _place(name: str, blocks: list[str]) -> tuple[int | None, str]:
+    """The index of the block that a layer is in, and its name there, which is its kind."""
+    for index, block in enumerate(blocks):
+        if not block or name.startswith(f"{block}."):
+            return index, name.removeprefix(f"{block}.") if block else name
+    return None, name
+
+
+def plan_from_file(plan: Plan, path: Path) -> Plan:
+    """The model's layers with the specs of a plan file instead of the uniform ones.
+
+    Raises:
+        PlanError: another format, or layers or shapes that are not this model's.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise PlanError(f"{path} is not a plan file ({FORMAT})")
+    entries = values.get("layers", {})
+    unknown = sorted(set(entries) ^ {layer.name for layer in plan.layers})
+    if unknown:
+        raise PlanError(f"{path} was made for another model: layers differ, e.g. {unknown[0]}")
+    layers = tuple(_planned(layer, entries[layer.name], path) for layer in plan.layers)
+    return replace(plan, layers=layers, keep=values.get("keep"), of=values.get("of"))
+
+
+def _planned(layer: LayerPlan, entry: dict[str, Any], path: Path) -> LayerPlan:
+    if set(entry) == {"keep"}:
+        return replace(layer, spec=None, reason=entry["keep"])
+    if layer.reason is not None and layer.reason not in (OUTSIDE, UNTARGETED):
+        raise PlanError(f"{path}: layer {layer.name} cannot be compressed: {layer.reason}")
+    spec = spec_from_json(entry)
+    if (spec.out_features, spec.in_features) != (layer.out_features, layer.in_features):
+        raise PlanError(f"{path}: {spec} does not fit layer {layer.name}")
+    return replace(layer, spec=spec, reason=None)

@@ -1,0 +1,1 @@
+"""How we know that it worked; knows only a callable model and a tokenizer."""

@@ -1,0 +1,1 @@
+"""Thin connections to other libraries; they read the saved specs."""

@@ -1,0 +1,101 @@
+"""transformers: ``AutoModel...from_pretrained`` loads what blastnn saved, through its own registry.
+
+Importing this module registers a quantisation method named ``blastnn``; no code from a model folder
+is involved. Before any weight is loaded, every factor is looked for in the checkpoint and checked
+against its spec, because transformers itself would initialise what is missing at random.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from blastnn.checkpoint import METHOD, check_factors, install_layers, parse_specs, read_specs
+from blastnn.errors import CheckpointError
+from blastnn.files import read_json
+from blastnn.models.tensors import TensorFolder
+
+
+@register_quantization_config(METHOD)
+class BlastnnConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` entry of a compressed model: a spec for every layer."""
+
+    def __init__(self, layers: dict[str, Any], format: int, **_: Any) -> None:  # noqa: A002
+        self.quant_method = METHOD
+        self.format = format
+        self.layers = layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as it was read."""
+        return {"quant_method": METHOD, "format": self.format, "layers": self.layers}
+
+
+@register_quantizer(METHOD)
+class BlastnnQuantizer(HfQuantizer):
+    """Swaps dense layers for structured ones on the meta device, then lets transformers load."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        specs = parse_specs(self.quantization_config.to_dict())
+        prefix = f"{model.base_model_prefix}."
+        if not checkpoint_files:
+            raise CheckpointError(
+                "a blastnn model can only be loaded from its files, not from a given state_dict"
+            )
+        tensors = TensorFolder(Path(checkpoint_files[0]).parent)
+        check_factors(specs, tensors, prefix)
+        install_layers(model, specs, prefix)
+        _check_rest(model, tensors, prefix)
+        tensors.close()
+        return model
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes the factors and this configuration."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Factors are ordinary parameters."""
+        return True
+
+
+def _check_rest(model: PreTrainedModel, tensors: TensorFolder, prefix: str) -> None:
+    """Whatever else the model has must be in the files too, tied weights aside."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, _ in model.named_parameters():
+        stored = {name, name.removeprefix(prefix), prefix + name}
+        if name not in tied and not any(candidate in tensors for candidate in stored):
+            raise CheckpointError(
+                f"{tensors.folder} has no tensor for {name}; the folder is incomplete"
+            )
+
+
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model folder, compressed or dense, as the class that its ``config.json`` names.
+
+    Raises:
+        CheckpointError: a broken folder.
+    """
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        read_specs(folder)
+    names = config.get("architectures") or [None]
+    model_class = getattr(transformers, names[0] or "", None) or AutoModel
+    options = {"dtype": dtype if dtype is not None else "auto", "use_safetensors": True}
+    model = model_class.from_pretrained(folder, trust_remote_code=False, **options)
+    return model.eval()
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the model predicts the next token, so that perplexity and generation mean something."""
+    return type(model) in AutoModelForCausalLM._model_mapping.values()
