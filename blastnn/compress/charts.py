@@ -12,10 +12,11 @@ from blastnn.compress.html_page import Html, absent, element, finite, join, numb
 from blastnn.compress.html_style import COLOURS, NAMED_KINDS
 
 _WIDTH, _HEIGHT = 900.0, 360.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66.0, 8.0, 30.0, 52.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 8.0, 30.0, 52.0
 # Width of the column for layers that belong to no block, such as the output head.
 _OUTSIDE = 90.0
 _OTHER = "k-other"
+_SQUARE = {f"k{index}" for index in range(COLOURS, NAMED_KINDS)}
 
 Layer = Mapping[str, Any]
 
@@ -37,10 +38,11 @@ def longest(bars: Iterable[Bar]) -> float:
     return max(reach, default=0.0)
 
 
-def bar_chart(bars: Sequence[Bar], full: float | None = None) -> Html:
+def bar_chart(bars: Sequence[Bar], full: float | None = None, name: str = "") -> Html:
     """Return horizontal bars from zero; `full` is the value at full width."""
     scale = longest(bars) if full is None else full
-    return element("div", *(_bar_row(bar, scale) for bar in bars), class_="bars")
+    rows = (_bar_row(bar, scale) for bar in bars)
+    return element("div", *rows, class_=f"bars {name}".strip())
 
 
 def _bar_row(bar: Bar, scale: float) -> Html:
@@ -70,15 +72,15 @@ def _share(value: float, scale: float) -> str:
 
 
 def split_bar(parts: Sequence[tuple[str, float]]) -> Html:
-    """Return one bar divided by value, with its legend: name, what `shown` says, and share."""
+    """Return one bar divided by value, with the name and share of each part under it."""
     total = math.fsum(value for _, value in parts)
     rects, start = [], 0.0
     for index, (_, value) in enumerate(parts):
         place = {"x": _share(start, total), "width": _share(value, total), "height": "100%"}
-        rects.append(element("rect", **place, class_=f"k{index}"))
+        rects.append(element("rect", **place, class_=f"part{index}"))
         start += value
     names = [
-        _legend_entry(f"{name} {percent(value / total if total else None)}", f"k{index}")
+        _legend_entry(f"{name} {percent(value / total if total else None)}", f"part{index}")
         for index, (name, value) in enumerate(parts)
     ]
     bar = element("svg", *rects, class_="split", aria_hidden="true")
@@ -175,7 +177,7 @@ def _block_of(layer: Layer) -> int | None:
 
 def _axes(frame: _Frame) -> Html:
     bottom = frame.y(0.0)
-    shapes = [_label(_LEFT - 56, 14, "Relative error (0 = unchanged)", "start")]
+    shapes = [_label(0, 14, "Relative error (0 = unchanged)", "start")]
     for index in range(round(frame.top / frame.step) + 1):
         height = frame.y(index * frame.step)
         name = "zero" if index == 0 else None
@@ -228,7 +230,7 @@ def _mark(layer: Layer, name: str, frame: _Frame) -> Html:
 
 def _shape(name: str, x: float, y: float, *children: object) -> Html:
     """Return a mark: round for the first colours and the rest, square for the second round."""
-    if name != _OTHER and int(name[1:]) >= COLOURS:
+    if name in _SQUARE:
         corner = {"x": f"{x - 3:.1f}", "y": f"{y - 3:.1f}"}
         return element("rect", *children, class_="mark", **corner, width="6", height="6")
     return element("circle", *children, class_="mark", cx=f"{x:.1f}", cy=f"{y:.1f}", r="3.2")
@@ -238,9 +240,11 @@ def _legend(order: Sequence[str], classes: Mapping[str, str]) -> Html:
     labels = {name: kind for kind, name in classes.items()}
     others = sum(name == _OTHER for name in classes.values())
     labels[_OTHER] = f"{others} other kinds"
-    return element("ul", *(_legend_entry(labels[name], name) for name in order), class_="legend")
+    # A kind can be reached by keyboard too, to single out its series.
+    entries = (_legend_entry(labels[name], name, tabindex="0") for name in order)
+    return element("ul", *entries, class_="legend")
 
 
-def _legend_entry(words: str, name: str) -> Html:
+def _legend_entry(words: str, name: str, tabindex: str | None = None) -> Html:
     swatch = element("svg", _shape(name, 6, 6), width="12", height="12", aria_hidden="true")
-    return element("li", swatch, words, class_=name, tabindex="0")
+    return element("li", swatch, words, class_=name, tabindex=tabindex)

@@ -58,10 +58,14 @@ def speed_ratio(pair: object) -> str:
 def error_section(layers: Layers) -> Html:
     """Return the relative errors: every layer by block, then the mean of each kind."""
     drawn = [layer for layer in layers if charts.error_of(layer) is not None]
-    classes = charts.kind_classes(drawn)
+    kinds = {charts.kind_of(layer) for layer in drawn}
+    classes = charts.kind_classes(layer for layer in layers if charts.kind_of(layer) in kinds)
     by_layer = section(
         "Relative error by layer",
-        note("Every compressed layer that reports an error. Point at a mark for its name."),
+        note(
+            "Every compressed layer that reports an error. Point at a mark for its name, "
+            "or at a kind to single it out."
+        ),
         charts.error_chart(drawn, classes),
     )
     if not drawn:
@@ -117,7 +121,7 @@ def _before_after(report: Report, what: str, write: Callable[[object], str]) -> 
         bars.append(charts.Bar(f"{title}, before", finite(before), write(before), "dense"))
         shown = join((write(after), " ", kept))
         bars.append(charts.Bar(f"{title}, after", finite(after), shown))
-    return charts.bar_chart(bars)
+    return charts.bar_chart(bars, name="by-two")
 
 
 def perplexity_section(report: Report) -> Html:
@@ -137,14 +141,15 @@ def perplexity_section(report: Report) -> Html:
 
 def _perplexity_bars(texts: Layers) -> Html:
     bars = (_model_bars(str(row.get("text") or "unnamed text"), row, 4) for row in texts)
-    return charts.bar_chart([bar for pair in bars for bar in pair])
+    return charts.bar_chart([bar for pair in bars for bar in pair], name="by-two")
 
 
 def _model_bars(name: str, pair: dict[str, Any], digits: int) -> list[charts.Bar]:
     """Return a bar for each of the two models; the colour classes have the models' names."""
+    values = ((model, pair.get(model)) for model in ("dense", "compressed"))
     return [
-        charts.Bar(f"{name}, {model}", finite(pair.get(model)), number(pair.get(model), digits), model)
-        for model in ("dense", "compressed")
+        charts.Bar(f"{name}, {model}", finite(value), number(value, digits), model)
+        for model, value in values
     ]
 
 
@@ -192,7 +197,7 @@ def speed_section(report: Report) -> Html:
 
 
 def _speed_bars(name: str, pair: dict[str, Any]) -> Html:
-    return charts.bar_chart(_model_bars(name.capitalize(), pair, 3))
+    return charts.bar_chart(_model_bars(name.capitalize(), pair, 3), name="by-two")
 
 
 def _speed_table(speed: dict[str, Any], names: Sequence[str]) -> Html:

@@ -36,7 +36,7 @@ b,strong{font-weight:620}
 code,.mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
  font-size:.86em;overflow-wrap:anywhere;unicode-bidi:isolate}
 .eyebrow{color:var(--soft);font-size:.85rem;margin-bottom:.5rem}
-.lead{font-size:1.15rem;line-height:1.5;color:var(--soft);margin-top:.9rem;max-width:46rem}
+.lead{font-size:1.15rem;line-height:1.5;color:var(--soft);margin-top:.9rem;max-width:46rem;text-wrap:balance}
 .lead b{color:var(--ink)}
 .note{color:var(--soft);font-size:.85rem;margin-top:.7rem;max-width:50rem}
 h2+.note{margin:-.6rem 0 1rem}
@@ -64,10 +64,10 @@ _FIGURES = """
 """
 
 _CHARTS = """
-.plot svg{display:block;width:100%;height:auto;overflow:visible}
+.plot>svg{display:block;width:100%;height:auto;overflow:visible}
 .plot text{font-size:12.5px;fill:var(--soft)}
 .plot .grid line{stroke:var(--rule)}
-.plot .zero{stroke:var(--soft)}
+.plot .grid .zero{stroke:var(--soft)}
 .series{transition:opacity .12s}
 .series path{fill:none;stroke:var(--c);stroke-width:1.5;stroke-linejoin:round;opacity:.75}
 .mark{fill:var(--c);stroke:transparent;stroke-width:7}
@@ -75,19 +75,24 @@ _CHARTS = """
  font-size:.85rem}
 .legend li{display:flex;align-items:center;gap:.45em;cursor:default;outline-offset:3px}
 .legend svg{flex:none;fill:var(--c)}
-.bars{display:grid;grid-template-columns:fit-content(40%) minmax(3rem,1fr) auto;
- gap:.45rem .9rem;align-items:center;font-size:.9rem}
-.bar-row{display:contents}
+.bars{font-size:.9rem}
+.bar-row{display:grid;grid-template-columns:13rem minmax(3rem,1fr) 8.5rem;gap:.9rem;
+ align-items:center;padding:.2rem 0}
+.two .bar-row{grid-template-columns:9rem minmax(2rem,1fr) 8.5rem}
+.by-two .bar-row:nth-child(even){padding-bottom:.75rem}
+.by-two .bar-row:nth-child(odd){padding-bottom:0}
 .bar-label{overflow-wrap:anywhere;line-height:1.3}
 .bar-value{text-align:right;white-space:nowrap}
 .bar-value small{color:var(--soft);font-size:.85em}
 .bar{display:block;width:100%;height:14px;overflow:visible;border-left:1px solid var(--soft)}
 .bar rect{fill:var(--c)}
 .bar line{stroke:var(--ink);stroke-width:1.25;opacity:.65}
-.bars+h3,.bars+.bars{margin-top:1.25rem}
 .split{display:block;width:100%;height:18px}
 .split rect{fill:var(--c)}
+.legend+.pairs{margin-top:.8rem}
 .dense{--c:var(--dense)}.compressed{--c:var(--accent)}.k-other{--c:var(--soft)}
+.part0{--c:var(--accent)}.part1{--c:color-mix(in srgb,var(--accent) 50%,var(--card))}
+.part2{--c:var(--dense)}
 """
 
 _TABLES = """
@@ -137,9 +142,7 @@ section{margin-top:2.5rem}
 .figures>div{padding:.9rem 1rem}
 .plot text{font-size:22px}
 .plot .mark{stroke-width:10}
-.bars{display:block}
-.bar-row{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:.15rem .8rem;
- margin-bottom:.6rem}
+.bar-row,.two .bar-row{grid-template-columns:minmax(0,1fr) auto;gap:.1rem .8rem}
 .bar{grid-row:2;grid-column:1/-1}
 }
 @media (max-width:22rem){.figures{grid-template-columns:minmax(0,1fr)}}

@@ -1,0 +1,62 @@
+"""``compress_checkpoint``: from disk to disk, with the report; what the command line calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from blastnn.compress.options import Options
+from blastnn.compress.report import DEFAULT_TOKENS, JSON, write_report
+from blastnn.compress.run import Progress, prepare_job, run_job
+from blastnn.evaluate.text import read_text
+from blastnn.files import read_json
+from blastnn.models.demo import TEST
+from blastnn.models.source import DEMO
+
+
+def compress_checkpoint(
+    path: str | Path,
+    output: str | Path,
+    *,
+    options: Options | None = None,
+    calibration: Sequence[str | Path] | None = None,
+    texts: Sequence[str | Path] | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    plan: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **choices: Any,
+) -> tuple[dict[str, Any], bool]:
+    """Compress a model folder into another folder, block by block, and report on it.
+
+    Args:
+        path: ``"demo"``, a folder, a ``.gguf`` file or a hub id.
+        output: a new or empty folder; with ``resume`` one that holds the same job.
+        options: all choices; or give them one by one as ``choices``, e.g. ``keep=0.8``.
+        calibration: text files; None is the default of ``demo``, an empty list means no data.
+        texts: text files for the perplexities of the report; for ``demo`` its test texts.
+        tokens: how many tokens of each text are scored.
+        plan: a plan file instead of the uniform plan.
+        resume: go on with a stopped job.
+        progress: told what happens.
+
+    Returns:
+        The report, and whether anything was computed (False: it was finished before).
+
+    Raises:
+        BlastnnError: says which input is wrong and what to do.
+        OSError: the disk is full or not writable; finished blocks stay resumable.
+    """
+    progress = progress or Progress()
+    job = prepare_job(path, options or Options(**choices), calibration, plan, progress)
+    if texts is None:
+        texts = TEST if job.folder.name == DEMO else ()
+    for text in texts:
+        read_text(text)  # a wrong name must fail now, not after the job
+    folder = Path(output)
+    outcome = run_job(job, folder, resume)
+    if outcome.already_finished and (folder / JSON).is_file():
+        return read_json(folder / JSON), False
+    progress.say("measuring the dense and the compressed model in a process of their own")
+    return write_report(job, folder, outcome, [str(text) for text in texts], tokens), True

@@ -1,0 +1,161 @@
+"""``compress``: any module in memory, by the same block compressor as the job from disk to disk.
+
+A transformers model of a known family is walked block by block and every layer is fitted on the
+compressed model's inputs. Any other module counts as one block, whose layers are fitted on the
+dense model's inputs, gathered in one pass: nothing is known of its inner order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blastnn.compress.block import BlockCompressor, LayerRecord, Streams, fit_layer
+from blastnn.compress.moments import Moments, MomentSum
+from blastnn.compress.options import Options
+from blastnn.compress.plan import LayerPlan, Plan, make_plan
+from blastnn.errors import CalibrationError, PlanError
+from blastnn.models.families import FAMILIES
+from blastnn.models.skeleton import find_blocks
+from blastnn.models.walk import capture_input, record_calls
+
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """A compressed copy of a model, its plan, and a record for every linear layer."""
+
+    model: nn.Module
+    plan: Plan
+    records: list[LayerRecord]
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module,
+    keep: float = 0.8,
+    calibration: Iterable[Batch] | None = None,
+    **choices: Any,
+) -> CompressionResult:
+    """Compress a copy of a model; the model itself is not changed.
+
+    Args:
+        model: any module, with its weights in memory.
+        keep: share of the targeted layers' parameters to keep.
+        calibration: batches to run through the model: a tensor, a tuple of arguments or a dict of
+            keyword arguments; None fits without data. For transformers models of a known family,
+            token ids ``(batch, window)`` of one shape.
+        choices: further fields of ``Options``, e.g. ``structure``, ``blocks`` or ``targets``.
+
+    Raises:
+        BlastnnError: says which input is wrong and what to do.
+    """
+    options = Options(keep=keep, **choices)
+    batches = None if calibration is None else list(calibration)
+    if batches is not None and not batches:
+        raise CalibrationError("calibration holds no batch; pass None for no data")
+    training = model.training
+    copied = copy.deepcopy(model).eval()
+    if _walkable(model, batches):
+        assert isinstance(copied, PreTrainedModel)
+        outcome = _by_blocks(copied, options, batches)
+    else:
+        outcome = _as_one_block(copied, options, batches)
+    outcome.model.train(training)
+    return outcome
+
+
+def _walkable(model: nn.Module, batches: list[Batch] | None) -> bool:
+    """Token ids of one shape can be walked block by block; other batches need the whole model."""
+    if not isinstance(model, PreTrainedModel) or model.config.model_type not in FAMILIES:
+        return False
+    return batches is None or len({_token_shape(batch) for batch in batches} - {None}) == 1
+
+
+def _token_shape(batch: Batch) -> tuple[int, ...] | None:
+    return tuple(batch.shape) if isinstance(batch, Tensor) and batch.ndim == 2 else None
+
+
+def _by_blocks(
+    model: PreTrainedModel, options: Options, batches: list[Batch] | None
+) -> CompressionResult:
+    blocks = find_blocks(model)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    plan = make_plan(model, [block.name for block in blocks], options, None, tied)
+    dtype = next(iter(blocks[0].module.parameters())).dtype
+    compressor = BlockCompressor(options, dtype, lambda *_: None)
+    trace, streams = None, None
+    if batches is not None:
+        run = [partial(model.base_model, batch) for batch in batches]
+        trace = record_calls(run[0], blocks)
+        hidden = [capture_input(each, blocks) for each in run]
+        streams = Streams(hidden, hidden)
+    records: list[LayerRecord] = []
+    for index, block in enumerate(blocks):
+        calls = [] if trace is None else trace.of_block(index)
+        outcome = compressor.run(block.module, calls, plan.of_block(index), streams)
+        _replace(model, block.name, outcome.module)
+        records += outcome.records
+    records += [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.block is None]
+    return CompressionResult(model, plan, records)
+
+
+def _as_one_block(
+    model: nn.Module, options: Options, batches: list[Batch] | None
+) -> CompressionResult:
+    plan = make_plan(model, [""], options, None, [])
+    wanted = list(plan.compressed)
+    moments = None if batches is None else _dense_moments(model, wanted, batches)
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise PlanError("the model has parameters on the meta device; load its weights first")
+    records = [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.spec is None]
+    for layer in wanted:
+        if moments is not None and layer.name not in moments:
+            reason = "the calibration batches never reached it"
+            records.append(LayerRecord(layer.name, "kept", reason))
+            continue
+        old = model.get_submodule(layer.name)
+        seen = None if moments is None else moments[layer.name]
+        fitted, fields = fit_layer(old, layer, seen, options, old.weight.dtype)
+        _replace(model, layer.name, fitted.to(old.weight.dtype))
+        records.append(LayerRecord(layer.name, "compressed", **fields))
+    return CompressionResult(model, plan, records)
+
+
+def _dense_moments(
+    model: nn.Module, layers: list[LayerPlan], batches: list[Batch]
+) -> dict[str, Moments]:
+    sums: dict[str, MomentSum] = {}
+
+    def gather(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().float()
+        sums.setdefault(name, MomentSum()).add(x.reshape(-1, x.shape[-1]))
+
+    modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    hooks = [m.register_forward_pre_hook(partial(gather, name)) for name, m in modules.items()]
+    try:
+        for batch in batches:
+            _call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total.finish(name) for name, total in sums.items()}
+
+
+def _call(model: nn.Module, batch: Batch) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)

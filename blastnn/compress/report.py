@@ -1,0 +1,221 @@
+"""The evidence beside a compressed model: ``report.json`` and ``report.html``."""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blastnn.compress.html import render_html
+from blastnn.compress.memory_use import HOW
+from blastnn.compress.plan import LayerPlan
+from blastnn.compress.run import Job, RunOutcome, window_length
+from blastnn.errors import BlastnnError
+from blastnn.files import read_json, write_json, write_text
+from blastnn.version import __version__
+
+FORMAT = "blastnn-report/1"
+JSON, HTML = "report.json", "report.html"
+NO_TEXT = "no text was given (--text FILE)"
+DEFAULT_TOKENS = 16384
+
+
+def write_report(
+    job: Job,
+    output: Path,
+    outcome: RunOutcome,
+    texts: Sequence[str],
+    tokens: int = DEFAULT_TOKENS,
+) -> dict[str, Any]:
+    """Measure the written model in a child process, and write both reports.
+
+    Raises:
+        BlastnnError: the model just written could not be loaded and measured.
+    """
+    measured = _measure(job, output, outcome, texts, tokens)
+    report = build_report(job, outcome, measured)
+    write_text(output / HTML, render_html(report))
+    write_json(output / JSON, report)
+    return report
+
+
+def _measure(
+    job: Job, output: Path, outcome: RunOutcome, texts: Sequence[str], tokens: int
+) -> dict[str, Any]:
+    request = {
+        "dense": str(job.folder.path),
+        "compressed": str(output),
+        "texts": list(texts),
+        "tokens": tokens,
+        "window": window_length(job.folder, job.options.window),
+        "probe": outcome.journal.probe,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch) / "request.json", Path(scratch) / "result.json"
+        write_json(asked, request)
+        command = [sys.executable, "-m", "blastnn.evaluate.compare", str(asked), str(answered)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise BlastnnError(
+                f"the model is written to {output}, but measuring it failed: {reason}; repeat the "
+                "command with --resume to measure again"
+            )
+        return dict(read_json(answered))
+
+
+def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dict[str, Any]:
+    """All that is known about a finished job, as plain JSON values."""
+    journal = outcome.journal
+    records = {record.name: asdict(record) for record in journal.records}
+    coverage = [_row(layer, records.get(layer.name)) for layer in job.plan.layers]
+    verified = measured.pop("verified")
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": {
+            "name": job.folder.name,
+            "path": str(job.folder.path),
+            "sha256": journal.identity["model"],
+            "note": job.folder.note,
+        },
+        "options": job.options.to_json(),
+        "keep": _keep(job, coverage),
+        "calibration": _calibration(job),
+        "coverage": coverage,
+        "timing": _timing(journal.seconds, journal.sittings),
+        "memory": {"peak_anonymous_bytes": outcome.peak_anonymous_bytes, "how": HOW},
+        "measured": measured or None,
+        "not_measured": None if measured else NO_TEXT,
+        "self_check": {**journal.probe, "verified": verified},
+        "environment": environment(),
+        "warnings": _warnings(job, coverage, verified),
+    }
+
+
+def _row(layer: LayerPlan, record: dict[str, Any] | None) -> dict[str, Any]:
+    """One line of the coverage table."""
+    compressed = record is not None and record["status"] == "compressed"
+    spec = layer.spec if compressed else None
+    blocks = getattr(spec, "blocks", None)
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "block": layer.block,
+        "shape": [layer.out_features, layer.in_features],
+        "status": "compressed" if compressed else "kept",
+        "reason": layer.reason if record is None else record["reason"],
+        "structure": spec.name if spec else None,
+        "rank": getattr(spec, "rank", None),
+        "blocks": list(blocks) if blocks else None,
+        "solver": record["solver"] if record else None,
+        "solver_status": record["solver_status"] if record else None,
+        "params_before": layer.dense_params,
+        "params_after": spec.num_params if spec else layer.dense_params,
+        "relative_error": record["relative_error"] if record else None,
+        "seconds": record["seconds"] if record else None,
+        "notes": record["notes"] if record else [],
+    }
+
+
+def _keep(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any]:
+    """Asked and achieved, of the targets and of the whole model, in parameters and bytes."""
+    targeted = [row for row in coverage if row["status"] == "compressed"]
+    before = sum(row["params_before"] for row in targeted)
+    after = sum(row["params_after"] for row in targeted)
+    stored = job.folder.tensors.num_bytes
+    width = stored / job.plan.model_params  # bytes a parameter, before
+    untied = before if job.head is not None and f"{job.head.name}.weight" in job.walker.loader.tied else 0
+    total = job.plan.model_params
+    # A tied head that is compressed leaves the embedding in place: nothing is saved there.
+    rest = total - before + (job.head.dense_params if untied and job.head else 0)
+    size = job.dtype.itemsize
+    return {
+        "asked": job.plan.keep,
+        "of": job.plan.of,
+        "targets": {
+            "params": _share(before, after),
+            "bytes": _share(round(before * width), after * size),
+        },
+        "model": {
+            "params": _share(total, rest + after),
+            "bytes": _share(stored, (rest + after) * size),
+        },
+    }
+
+
+def _share(before: int, after: int) -> dict[str, Any]:
+    return {"before": before, "after": after, "kept": after / before if before else 1.0}
+
+
+def _calibration(job: Job) -> dict[str, Any] | None:
+    if job.windows is None:
+        return None
+    return {
+        "sources": job.windows.sources,
+        "window": job.windows.ids.shape[1],
+        "windows": job.windows.ids.shape[0],
+        "tokens": job.windows.ids.numel(),
+        "tokens_sha256": job.windows.sha256,
+    }
+
+
+def _timing(seconds: dict[str, float], sittings: int) -> dict[str, Any]:
+    total = sum(seconds.values())
+    other = seconds.get("other", 0.0)
+    return {
+        "total": total,
+        "factorise": seconds.get("factorise", 0.0),
+        "forward": seconds.get("forward", 0.0),
+        "other": other,
+        "other_share": other / total if total else 0.0,
+        "sittings": sittings,
+    }
+
+
+def environment() -> dict[str, str | int]:
+    """Versions and machine, for the record."""
+    return {
+        "blastnn": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "safetensors": version("safetensors"),
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _warnings(job: Job, coverage: list[dict[str, Any]], verified: bool | None) -> list[str]:
+    found = []
+    if verified is False:
+        found.append(
+            "the model loaded in a fresh process did not give the very bits that the job computed"
+        )
+    unreached = [
+        row["name"]
+        for row, layer in zip(coverage, job.plan.layers, strict=True)
+        if layer.spec is not None and row["status"] == "kept"
+    ]
+    if unreached:
+        found.append(f"{len(unreached)} planned layers were kept dense, e.g. {unreached[0]}")
+    fallbacks = [row["name"] for row in coverage if row["notes"]]
+    if fallbacks:
+        found.append(f"{len(fallbacks)} layers took a numerical fallback, e.g. {fallbacks[0]}")
+    errors = [row["relative_error"] for row in coverage if row["relative_error"] is not None]
+    if any(not math.isfinite(error) for error in errors):
+        found.append("a layer's error is not finite")
+    if job.windows is None:
+        found.append("no calibration text: the factorisation did not look at the model's inputs")
+    return found

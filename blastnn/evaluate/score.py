@@ -1,0 +1,85 @@
+"""What ``blastnn evaluate`` and ``blastnn inspect`` compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blastnn.checkpoint import check_factors, read_specs
+from blastnn.errors import CheckpointError, ModelError
+from blastnn.evaluate.perplexity import PROTOCOL, perplexity
+from blastnn.evaluate.probe import digest, probe
+from blastnn.evaluate.text import first_windows, read_text
+from blastnn.files import read_json
+from blastnn.integrations.transformers import is_causal, load_model
+from blastnn.models.skeleton import build_skeleton
+from blastnn.models.source import load_tokenizer, open_model
+from blastnn.models.tensors import TensorFolder
+
+
+def open_any(model: str) -> Path:
+    """The folder of a compressed or dense model."""
+    path = Path(model)
+    if path.is_dir() and "quantization_config" in read_json(path / "config.json"):
+        read_specs(path)
+        return path
+    return open_model(model).path
+
+
+def score_models(
+    model: str, against: str | None, texts: list[str], tokens: int, window: int
+) -> dict[str, Any]:
+    """Perplexities by text, of ``against`` first, with the protocol.
+
+    Raises:
+        ModelError: a model that does not predict the next token.
+    """
+    read = [read_text(text) for text in texts]
+    rows: list[dict[str, Any]] = [{"text": text.name, "sha256": text.sha256} for text in read]
+    names = {"dense": against, "model": model} if against else {"model": model}
+    tokenizer_folder = open_any(against or model)
+    for key, name in names.items():
+        path = open_any(str(name))
+        loaded = load_model(path)
+        if not is_causal(loaded):
+            raise ModelError(f"{name} does not predict the next token; it has no perplexity")
+        for text, row in zip(read, rows, strict=True):
+            cut = first_windows(text, load_tokenizer(tokenizer_folder), window, tokens)
+            score = perplexity(loaded, cut)
+            row |= {key: score.perplexity, "tokens": score.tokens, "window": score.window}
+    return {"protocol": PROTOCOL, "models": names, "perplexity": rows}
+
+
+def inspect_folder(folder: Path, verify: bool = False) -> dict[str, Any]:
+    """The structured layers of a compressed folder, checked; with ``verify`` its output too.
+
+    Raises:
+        CheckpointError: missing or misshapen factors, or nothing to verify against.
+    """
+    from transformers import AutoConfig
+
+    specs = read_specs(folder)
+    tensors = TensorFolder(folder)
+    skeleton = build_skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    check_factors(specs, tensors, f"{skeleton.base_model_prefix}.")
+    before = sum(spec.out_features * spec.in_features for spec in specs.values())
+    after = sum(spec.num_params for spec in specs.values())
+    result: dict[str, Any] = {
+        "folder": str(folder),
+        "layers": {name: {**spec.to_json(), "params": spec.num_params} for name, spec in specs.items()},
+        "targets": {"before": before, "after": after, "kept": after / before},
+        "bytes": tensors.num_bytes,
+    }
+    if verify:
+        result["verified"] = _verify(folder)
+    return result
+
+
+def _verify(folder: Path) -> bool:
+    expected = read_json(folder / "report.json").get("self_check") or {}
+    if "ids" not in expected:
+        raise CheckpointError(f"{folder / 'report.json'} has no self_check to verify against")
+    output = probe(load_model(folder), torch.tensor([expected["ids"]]))
+    return digest(output) == expected["logits_sha256"]
