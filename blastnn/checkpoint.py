@@ -60,7 +60,9 @@ def read_specs(folder: Path) -> dict[str, Structure]:
     config = read_json(folder / "config.json")
     entry = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
-        raise CheckpointError(f"{folder} was not compressed by blastnn: its config.json has no specs")
+        raise CheckpointError(
+            f"{folder} was not compressed by blastnn: its config.json has no specs"
+        )
     return parse_specs(entry)
 
 
@@ -104,7 +106,9 @@ def install_layers(model: nn.Module, specs: Mapping[str, Structure], prefix: str
     modules = dict(model.named_modules())
     found = 0
     for layer, spec in specs.items():
-        name = next((n for n in (layer, layer.removeprefix(prefix), prefix + layer) if n in modules), None)
+        name = next(
+            (n for n in (layer, layer.removeprefix(prefix), prefix + layer) if n in modules), None
+        )
         if name is None:
             continue
         found += 1

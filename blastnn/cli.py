@@ -240,5 +240,3 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     with one_line_errors():
         app(args=arguments, standalone_mode=True)
-
-

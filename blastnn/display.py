@@ -168,7 +168,9 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
     for part in ("targets", "model"):
         for unit in ("params", "bytes"):
             share = keep[part][unit]
-            asked = f" (asked {keep['asked']:.1%})" if part == keep["of"] and unit == "params" else ""
+            asked = (
+                f" (asked {keep['asked']:.1%})" if part == keep["of"] and unit == "params" else ""
+            )
             console.print(
                 f"{part:8}{unit:7}{share['before']:>13,} -> {share['after']:>13,}  "
                 f"kept {share['kept']:.2%}{asked}"

@@ -31,7 +31,9 @@ class StructuredLinear(nn.Module):
         self.spec = spec
         self.in_features, self.out_features = spec.in_features, spec.out_features
         for name, shape in spec.factor_shapes().items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            )
         if bias:
             self.bias = nn.Parameter(torch.empty(spec.out_features, device=device, dtype=dtype))
         else:

@@ -204,22 +204,22 @@ def test_every_part_of_the_report_reaches_the_page(report: dict[str, Any]) -> No
 HOSTILE = "</style></script><script>alert('x')</script><img src=x onerror=\"y\">&amp;"
 
 
-def poisoned(tree: Any) -> Any:
-    """Put the hostile text into every string of a report, apart from those that steer it."""
+def extended(tree: Any, more: str) -> Any:
+    """Add text to every string of a report, apart from those that steer it."""
     if isinstance(tree, dict):
         steering = ("status", "of", "format")
         return {
-            key: value if key in steering else poisoned(value) for key, value in tree.items()
+            key: value if key in steering else extended(value, more) for key, value in tree.items()
         }
     if isinstance(tree, list):
-        return [poisoned(value) for value in tree]
-    return tree + HOSTILE if isinstance(tree, str) else tree
+        return [extended(value, more) for value in tree]
+    return tree + more if isinstance(tree, str) else tree
 
 
 def test_markup_in_any_string_is_shown_and_not_obeyed(report: dict[str, Any]) -> None:
     report["options"][HOSTILE] = 1
     report["environment"][HOSTILE] = 1
-    clean, dirty = Page(render_html(report)), Page(render_html(poisoned(report)))
+    clean, dirty = (Page(render_html(extended(report, more))) for more in (" words", HOSTILE))
     assert not {"script", "img"} & set(dirty.tags)
     assert dirty.tags.count("style") == 1
     assert not [name for name, _ in dirty.attributes if name.startswith("on")]
@@ -269,7 +269,7 @@ def test_an_empty_report_is_still_a_page() -> None:
 
 def test_missing_measurements_give_their_reason(report: dict[str, Any]) -> None:
     report |= {"measured": None, "not_measured": "no evaluation text was given"}
-    shown = Page(render_html(report)).text
+    shown = Page(render_html(report)).text.lower()
     for what in ("perplexity", "speed", "sample"):
         assert f"{what} not measured: no evaluation text was given" in shown
 
@@ -277,7 +277,7 @@ def test_missing_measurements_give_their_reason(report: dict[str, Any]) -> None:
 def test_a_missing_sample_leaves_the_other_measurements(report: dict[str, Any]) -> None:
     report["measured"] |= {"sample": None, "speed": None, "cosine": None}
     shown = Page(render_html(report)).text
-    assert "sample not measured" in shown and "speed not measured" in shown
+    assert "Sample not measured" in shown and "Speed not measured" in shown
     assert "19.87" in shown
 
 

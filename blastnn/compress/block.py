@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,12 +190,16 @@ def fit_layer(
     moments: Moments | None,
     options: Options,
     dtype: torch.dtype,
-) -> tuple[StructuredLinear, dict[str, object]]:
+) -> tuple[StructuredLinear, dict[str, Any]]:
     """A structured layer, float32 but rounded to ``dtype``, and the fields of its record."""
     assert plan.spec is not None
     target, second = dense_weight(old).float(), None
     solver = choose_solver(plan.spec, options.solver)
     data_free = not SOLVERS[solver].USES_SECOND_MOMENT
+    notes = []
+    if moments is not None and not bool(moments.second.any()):
+        moments = None
+        notes.append("its inputs are zero on the whole calibration text: fitted without data")
     if moments is not None:
         second, cross = moments.damped(options.damping)
         if cross is not None and not data_free:
@@ -215,5 +220,5 @@ def fit_layer(
         "relative_error": error,
         "solver": result.solver,
         "solver_status": result.status,
-        "notes": result.notes,
+        "notes": [*notes, *result.notes],
     }

@@ -11,7 +11,7 @@ from typing import Any
 from blastnn.compress.html_page import Html, absent, element, finite, join, number, percent
 from blastnn.compress.html_style import COLOURS, NAMED_KINDS
 
-_WIDTH, _HEIGHT = 900.0, 360.0
+_WIDTH, _HEIGHT = 900.0, 390.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 8.0, 30.0, 52.0
 # Width of the column for layers that belong to no block, such as the output head.
 _OUTSIDE = 90.0
@@ -163,11 +163,13 @@ def error_chart(layers: Iterable[Layer], classes: Mapping[str, str]) -> Html:
     for layer in drawn:
         by_class[classes[kind_of(layer)]].append(layer)
     order = sorted(by_class, key=list(dict.fromkeys(classes.values())).index)
-    series = [_series(by_class[name], name, frame) for name in order]
+    # The kinds that share a class are drawn first, so that they do not hide the named ones.
+    series = [_series(by_class[name], name, frame) for name in sorted(order, key=_OTHER.__ne__)]
     label = f"Relative error of {len(drawn)} layers by block, from 0 to {number(frame.top, 3)}"
     box = f"0 0 {_WIDTH:.0f} {_HEIGHT:.0f}"
     drawing = element("svg", _axes(frame), *series, viewBox=box, role="img", aria_label=label)
-    return element("figure", drawing, _legend(order, classes), class_="plot")
+    frame_around = element("div", drawing, class_="frame")
+    return element("figure", frame_around, _legend(order, classes), class_="plot")
 
 
 def _block_of(layer: Layer) -> int | None:

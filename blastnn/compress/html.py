@@ -7,33 +7,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from blastnn.compress import charts
 from blastnn.compress.html_coverage import coverage_section, unusable_errors
 from blastnn.compress.html_page import (
     ARROW,
     DASH,
     Html,
-    absent,
     amount_of_parameters,
     change,
     count,
     document,
     duration,
     element,
-    fingerprint,
-    finite,
     folded,
     join,
-    note,
     number,
-    pairs,
     part,
     percent,
     plain,
     records,
     section,
     size,
-    table,
+)
+from blastnn.compress.html_provenance import (
+    calibration_section,
+    facts_section,
+    memory_section,
+    self_check_section,
+    source_section,
+    time_section,
 )
 from blastnn.compress.html_sections import (
     Report,
@@ -63,17 +64,19 @@ def render_html(report: dict[str, Any]) -> str:
         perplexity_section(report),
         speed_section(report),
         sample_section(report),
-        _calibration(report),
-        _facts("Options", report.get("options")),
-        element("div", _time(report), _memory(report), class_="two"),
-        element("div", _source(report), _self_check(report), class_="two"),
-        _facts("Versions", report.get("environment")),
+        calibration_section(report),
+        facts_section("Options", report.get("options")),
+        element("div", time_section(report), memory_section(report), class_="two"),
+        element("div", source_section(report), self_check_section(report), class_="two"),
+        facts_section("Versions", report.get("environment")),
         coverage_section(layers),
         _footer(report),
     )
 
 
 def _from_to(before: object, after: object) -> Html:
+    if before == after == DASH:
+        return Html(DASH)
     return join((before, element("span", f" {ARROW} ", class_="arrow"), after))
 
 
@@ -117,7 +120,7 @@ def _warnings(report: Report, layers: list[dict[str, Any]]) -> Html:
 def _figures(report: Report, layers: list[dict[str, Any]]) -> Html:
     compressed = sum(layer.get("status") == "compressed" for layer in layers)
     time = duration(part(report, "timing", "total"))
-    covered = f"{count(compressed)} of {count(len(layers))}"
+    covered = f"{count(compressed)} of {count(len(layers))}" if layers else DASH
     return element(
         "dl",
         _kept_figure(report, "targets", "Parameters kept, targets"),
@@ -139,7 +142,7 @@ def _figure(label: str, big: object, detail: object) -> Html:
 def _kept_figure(report: Report, of: str, label: str) -> Html:
     params = part(report, "keep", of, "params")
     before, after = (amount_of_parameters(part(params, when)) for when in ("before", "after"))
-    detail = f"{before} {ARROW} {after}"
+    detail = "not recorded" if before == after == DASH else f"{before} {ARROW} {after}"
     if part(report, "keep", "of") == of:
         detail += f", asked {percent(part(report, 'keep', 'asked'))}"
     return _figure(label, percent(part(params, "kept")), detail)
@@ -148,7 +151,9 @@ def _kept_figure(report: Report, of: str, label: str) -> Html:
 def _size_figure(report: Report) -> Html:
     sizes = part(report, "keep", "model", "bytes")
     big = _from_to(size(part(sizes, "before")), size(part(sizes, "after")))
-    return _figure("Size, whole model", big, f"{percent(part(sizes, 'kept'))} of the bytes kept")
+    kept = percent(part(sizes, "kept"))
+    detail = "not recorded" if kept == DASH else f"{kept} of the bytes kept"
+    return _figure("Size, whole model", big, detail)
 
 
 def _perplexity_figure(report: Report) -> Html:
@@ -168,85 +173,6 @@ def _decode_figure(report: Report) -> Html:
     return _figure("Decode speed", speed_ratio(pair), f"{dense} {ARROW} {compressed} tokens/s")
 
 
-def _calibration(report: Report) -> Html:
-    calibration = report.get("calibration")
-    if not calibration:
-        return section("Calibration", absent("calibration text", "none was used"))
-    seed = part(calibration, "seed")
-    facts = [
-        ("Windows", count(part(calibration, "windows"))),
-        ("Tokens per window", count(part(calibration, "window"))),
-        ("Tokens", count(part(calibration, "tokens"))),
-        ("Seed", plain(part(report, "options", "seed") if seed is None else seed)),
-        ("Tokens SHA-256", fingerprint(part(calibration, "tokens_sha256"))),
-    ]
-    rows = [
-        (
-            source.get("name") or DASH,
-            count(source.get("tokens")),
-            count(source.get("windows")),
-            fingerprint(source.get("sha256")),
-        )
-        for source in records(part(calibration, "sources"))
-    ]
-    sources = table(("Source", "Tokens#", "Windows#", "SHA-256"), rows) if rows else ""
-    return section("Calibration", pairs(facts), sources)
-
-
-def _facts(title: str, facts: object) -> Html:
-    """Return a flat dict as it is, in its own order."""
-    if not isinstance(facts, dict) or not facts:
-        return section(title, absent(title.lower(), "none recorded"))
-    return section(title, pairs((plain(key), _value(facts[key])) for key in facts))
-
-
-def _value(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return DASH if value is None else plain(value)
-
-
-def _time(report: Report) -> Html:
-    timing = report.get("timing")
-    names = {"factorise": "Factorising", "forward": "Forward passes", "other": "Other"}
-    spent = {title: finite(part(timing, key)) for key, title in names.items()}
-    known = [(title, seconds) for title, seconds in spent.items() if seconds is not None]
-    if not known:
-        return section("Time", absent("time", "none recorded"))
-    total = ("Total", duration(part(timing, "total")))
-    rows = [*((title, duration(seconds)) for title, seconds in known), total]
-    return section("Time", charts.split_bar(known), pairs(rows))
-
-
-def _memory(report: Report) -> Html:
-    memory = report.get("memory")
-    peak = part(memory, "peak_anonymous_bytes")
-    how = plain(part(memory, "how") or "")
-    if peak is None:
-        return section("Memory", absent("peak memory not measured", how))
-    return section("Memory", pairs([("Peak anonymous memory", size(peak))]), note(how))
-
-
-def _source(report: Report) -> Html:
-    source = report.get("source")
-    rows = [
-        ("Path", part(source, "path") or DASH),
-        ("SHA-256", part(source, "sha256") or DASH),
-        ("Note", part(source, "note") or DASH),
-    ]
-    return section("Source model", pairs((name, element("code", value)) for name, value in rows))
-
-
-def _self_check(report: Report) -> Html:
-    check = report.get("self_check")
-    if not isinstance(check, dict):
-        return section("Self-check", absent("self-check", "none recorded"))
-    verdicts = {True: "yes", False: "NO, it failed", None: "not checked"}
-    verified = check.get("verified")
-    verdict = next((words for key, words in verdicts.items() if verified is key), plain(verified))
-    return _facts("Self-check", {**check, "verified": verdict})
-
-
 def _footer(report: Report) -> Html:
-    words = (report.get("format"), report.get("created"))
-    return element("footer", " \N{MIDDLE DOT} ".join(plain(word) for word in words if word))
+    words = [plain(word) for word in (report.get("format"), report.get("created")) if word]
+    return element("footer", " \N{MIDDLE DOT} ".join(words)) if words else Html()

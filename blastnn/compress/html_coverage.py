@@ -26,9 +26,8 @@ from blastnn.compress.html_page import (
 
 _NAMES_SHOWN = 3
 _HEAD = (
-    "Layer", "Status", "Out \N{MULTIPLICATION SIGN} in#", "Structure", "Rank#",
-    "Parameters before#", "After#", "Kept#", "Relative error#", "Time#", "Solver",
-    "Reason and notes",
+    "Layer", "Status", "Error#", "Kept#", "Parameters before#", "After#",
+    "Out \N{MULTIPLICATION SIGN} in#", "Structure", "Rank#", "Seconds#", "Solver", "Notes",
 )  # fmt: skip
 
 Layer = dict[str, Any]
@@ -89,22 +88,28 @@ def _some(names: Sequence[str]) -> str:
 
 def _cells(layer: Layer, worst: float) -> list[object]:
     before, after = layer.get("params_before"), layer.get("params_after")
-    status = str(layer.get("status") or "unknown")
-    mark = "status" if status == "compressed" else "status kept"
     return [
         element("code", charts.name_of(layer)),
-        element("span", status, class_=mark),
+        _status(layer),
+        _error(layer, worst),
+        _kept_share(before, after),
+        count(before),
+        count(after),
         _dimensions(layer.get("shape")),
         _structure(layer),
         count(layer.get("rank")),
-        count(before),
-        count(after),
-        _kept_share(before, after),
-        _error(layer, worst),
         number(layer.get("seconds"), 3),
         _solver(layer),
-        _remarks(layer),
+        _notes(layer),
     ]
+
+
+def _status(layer: Layer) -> Html:
+    status = plain(layer.get("status") or "unknown")
+    mark = "status" if status == "compressed" else "status kept"
+    reason = layer.get("reason")
+    why = element("small", plain(reason)) if reason else ""
+    return join((element("span", status, class_=mark), why))
 
 
 def _dimensions(sizes: object) -> str:
@@ -136,7 +141,8 @@ def _solver(layer: Layer) -> str:
     return ", ".join(said) or DASH
 
 
-def _remarks(layer: Layer) -> Html:
+def _notes(layer: Layer) -> Html:
     notes = layer.get("notes")
-    said = [layer.get("reason"), *(notes if isinstance(notes, list) else [])]
-    return join(element("div", plain(words)) for words in said if words)
+    if not isinstance(notes, list) or not notes:
+        return Html(DASH)
+    return join(element("div", plain(words)) for words in notes)

@@ -166,14 +166,13 @@ def note(*parts: object) -> Html:
 
 def absent(what: str, reason: object = None) -> Html:
     """Return the line that stands where a part of the report is missing."""
-    return element("p", f"{what}: {reason or 'no reason given'}", class_="absent")
+    words = f"{what}: {reason or 'no reason given'}"
+    return element("p", words[:1].upper() + words[1:], class_="absent")
 
 
 def pairs(rows: Iterable[tuple[str, object]]) -> Html:
     """Return names and values as a definition list."""
-    entries = (
-        element("div", element("dt", name), element("dd", value)) for name, value in rows
-    )
+    entries = (element("div", element("dt", name), element("dd", value)) for name, value in rows)
     return element("dl", *entries, class_="pairs")
 
 
@@ -192,8 +191,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], name: str = "")
 def _row(cells: Sequence[object], kinds: Sequence[str | None]) -> Html:
     first = element("th", cells[0], scope="row", class_=kinds[0])
     rest = (
-        element("td", cell, class_=kind)
-        for cell, kind in zip(cells[1:], kinds[1:], strict=True)
+        element("td", cell, class_=kind) for cell, kind in zip(cells[1:], kinds[1:], strict=True)
     )
     return element("tr", first, *rest)
 

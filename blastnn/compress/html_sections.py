@@ -32,6 +32,7 @@ from blastnn.compress.html_page import (
 )
 
 _KINDS_SHOWN = 24
+_PERPLEXITY_HEAD = ("Text", "Dense#", "Compressed#", "Change#", "Tokens#", "Window#", "SHA-256")
 
 Report = dict[str, Any]
 Layers = Sequence[dict[str, Any]]
@@ -63,8 +64,7 @@ def error_section(layers: Layers) -> Html:
     by_layer = section(
         "Relative error by layer",
         note(
-            "Every compressed layer that reports an error. Point at a mark for its name, "
-            "or at a kind to single it out."
+            "Layers that report one. Point at a mark for its name, or at a kind to single it out."
         ),
         charts.error_chart(drawn, classes),
     )
@@ -146,10 +146,10 @@ def _perplexity_bars(texts: Layers) -> Html:
 
 def _model_bars(name: str, pair: dict[str, Any], digits: int) -> list[charts.Bar]:
     """Return a bar for each of the two models; the colour classes have the models' names."""
-    values = ((model, pair.get(model)) for model in ("dense", "compressed"))
+    values = {model: pair.get(model) for model in ("dense", "compressed")}
     return [
         charts.Bar(f"{name}, {model}", finite(value), number(value, digits), model)
-        for model, value in values
+        for model, value in values.items()
     ]
 
 
@@ -166,8 +166,7 @@ def _perplexity_table(texts: Layers) -> Html:
         )
         for row in texts
     )
-    head = ("Text", "Dense#", "Compressed#", "Change#", "Tokens#", "Window#", "SHA-256")
-    return table(head, rows)
+    return table(_PERPLEXITY_HEAD, rows)
 
 
 def _cosine(cosine: object) -> Html:
@@ -211,8 +210,7 @@ def _speed_table(speed: dict[str, Any], names: Sequence[str]) -> Html:
         )
         for name in names
     )
-    head = ("Tokens per second", "Dense#", "Compressed#", "Compressed / dense#", "Tokens#")
-    return table(head, rows)
+    return table(("Tokens/s", "Dense#", "Compressed#", "Compressed / dense#", "Tokens#"), rows)
 
 
 def sample_section(report: Report) -> Html:

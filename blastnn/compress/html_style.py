@@ -37,7 +37,7 @@ code,.mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans M
  font-size:.86em;overflow-wrap:anywhere;unicode-bidi:isolate}
 .eyebrow{color:var(--soft);font-size:.85rem;margin-bottom:.5rem}
 .lead{font-size:1.15rem;line-height:1.5;color:var(--soft);margin-top:.9rem;max-width:46rem;text-wrap:balance}
-.lead b{color:var(--ink)}
+.lead b{color:var(--ink);white-space:nowrap}
 .note{color:var(--soft);font-size:.85rem;margin-top:.7rem;max-width:50rem}
 h2+.note{margin:-.6rem 0 1rem}
 .absent{color:var(--soft);border:1px dashed var(--rule);border-radius:8px;padding:.75rem 1rem}
@@ -60,11 +60,12 @@ _FIGURES = """
 .figures .big{font-size:clamp(1.35rem,3.2vw,1.9rem);font-weight:620;letter-spacing:-.02em;
  line-height:1.3;white-space:nowrap}
 .figures .detail{font-size:.85rem;color:var(--soft)}
-.arrow{color:var(--soft);font-weight:400;padding:0 .22em}
+.arrow{color:var(--soft);font-weight:400}
 """
 
 _CHARTS = """
-.plot>svg{display:block;width:100%;height:auto;overflow:visible}
+.frame{overflow-x:auto}
+.frame svg{display:block;width:100%;height:auto}
 .plot text{font-size:12.5px;fill:var(--soft)}
 .plot .grid line{stroke:var(--rule)}
 .plot .grid .zero{stroke:var(--soft)}
@@ -106,12 +107,13 @@ thead th{font-weight:500;color:var(--soft);white-space:nowrap;position:sticky;to
 tbody th{font-weight:500;overflow-wrap:anywhere;min-width:9rem}
 .number{text-align:right;white-space:nowrap}
 .bars+.scroll,.scroll+.bars,.scroll+h3,.pairs+.scroll,.scroll+.pairs{margin-top:1.25rem}
-.coverage tbody th{min-width:15rem}
-.coverage td{white-space:nowrap}.coverage td:last-child{white-space:normal;min-width:16rem}
-.coverage .kept{color:var(--soft)}
+.coverage td,.coverage code{white-space:nowrap}.coverage th,.coverage td{padding:.4rem .65rem}
+.coverage td:last-child{white-space:normal;min-width:14rem}
+.coverage small{display:block;color:var(--soft);font-size:.92em;white-space:normal;
+ min-width:11rem}
 .status{display:inline-flex;align-items:center;gap:.4em}
 .status::before{content:"";width:.55em;height:.55em;border-radius:50%;background:var(--accent)}
-.kept .status::before{background:none;box-shadow:inset 0 0 0 1.5px var(--soft)}
+.status.kept::before{background:none;box-shadow:inset 0 0 0 1.5px var(--soft)}
 .cell-bar{display:block;padding-left:3.2rem;background:linear-gradient(var(--dense),var(--dense))
  left center/calc(2.8rem*var(--w)) .5rem no-repeat}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));column-gap:2.5rem}
@@ -134,14 +136,19 @@ footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--rule);color
 """
 
 _PHONE = """
+@media print,(max-width:60rem){
+.two:has(.bars){grid-template-columns:minmax(0,1fr)}
+.two>div+div h3{margin-top:1.2rem}
+}
 @media (max-width:46rem){
 main{padding:2rem 1.1rem 3rem}
 section{margin-top:2.5rem}
 .two,.samples{grid-template-columns:minmax(0,1fr)}
 .figures{grid-template-columns:repeat(2,minmax(0,1fr))}
 .figures>div{padding:.9rem 1rem}
-.plot text{font-size:22px}
-.plot .mark{stroke-width:10}
+.figures .big{font-size:1.1rem;white-space:normal}
+.frame svg{min-width:30rem}
+.plot text{font-size:17px}
 .bar-row,.two .bar-row{grid-template-columns:minmax(0,1fr) auto;gap:.1rem .8rem}
 .bar{grid-row:2;grid-column:1/-1}
 }
@@ -154,12 +161,13 @@ _PRINT = """
 body{font-size:10.5pt;background:none}
 main{max-width:none;padding:0}
 section{margin-top:1.6rem}
-h2{break-after:avoid}
+h2,h3,h2+.note{break-after:avoid}
 figure,.figures,.bar-row,.bars,.pairs>div,.warnings,tr{break-inside:avoid}
 .scroll,.prose{overflow:visible;max-height:none}
 .coverage{border:0}.coverage table{font-size:6.5pt}
-.coverage th,.coverage td{padding:.15rem .3rem;white-space:normal}
-.coverage tbody th,.coverage td:last-child{min-width:0}
+.coverage th,.coverage td,.coverage code{padding:.15rem .3rem;white-space:normal}
+.coverage tbody th{min-width:16em}.cell-bar{background:none;padding:0}
+.coverage small,.coverage td:last-child{min-width:0}
 .hash{max-width:none;white-space:normal}
 thead th{position:static}
 .status::before{print-color-adjust:exact;-webkit-print-color-adjust:exact}

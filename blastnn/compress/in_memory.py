@@ -23,6 +23,7 @@ from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
 from blastnn.errors import CalibrationError, PlanError
 from blastnn.models.families import FAMILIES
+from blastnn.models.linears import dense_weight
 from blastnn.models.skeleton import find_blocks
 from blastnn.models.walk import capture_input, record_calls
 
@@ -124,8 +125,9 @@ def _as_one_block(
             continue
         old = model.get_submodule(layer.name)
         seen = None if moments is None else moments[layer.name]
-        fitted, fields = fit_layer(old, layer, seen, options, old.weight.dtype)
-        _replace(model, layer.name, fitted.to(old.weight.dtype))
+        dtype = dense_weight(old).dtype
+        fitted, fields = fit_layer(old, layer, seen, options, dtype)
+        _replace(model, layer.name, fitted.to(dtype))
         records.append(LayerRecord(layer.name, "compressed", **fields))
     return CompressionResult(model, plan, records)
 

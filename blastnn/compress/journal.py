@@ -208,7 +208,9 @@ class Lock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._descriptor)
-            raise ResumeError(f"another process is working in {self._path.parent.parent}") from error
+            raise ResumeError(
+                f"another process is working in {self._path.parent.parent}"
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         assert self._descriptor is not None

@@ -6,7 +6,7 @@ the input in the dense model. Products of one window are float32, their sum is f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,7 +127,9 @@ def layer_inputs(
 class _Listener:
     """Forward pre-hooks on named layers of a block, removed on leaving."""
 
-    def __init__(self, block: nn.Module, layers: list[str], hear) -> None:  # noqa: ANN001
+    def __init__(
+        self, block: nn.Module, layers: list[str], hear: Callable[[str, Tensor], None]
+    ) -> None:
         self._hooks = [
             block.get_submodule(name).register_forward_pre_hook(
                 lambda _module, args, name=name: hear(name, args[0])

@@ -43,8 +43,8 @@ class Options:
     blocks: tuple[int, int] | None = (4, 4)
     targets: tuple[str, ...] = ()
     solver: str = "auto"
-    sweeps: int = 30
-    tokens: int = 40960
+    sweeps: int = 20
+    tokens: int = 24576
     window: int = 1024
     damping: float = 1e-4
     dtype: str | None = None
@@ -81,7 +81,7 @@ class Options:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"sweeps": 15, "tokens": 16384},
+    "fast": {"sweeps": 10, "tokens": 12288},
     "default": {},
     "best": {"blocks": (8, 8), "sweeps": 60, "tokens": 65536},
 }

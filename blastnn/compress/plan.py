@@ -216,7 +216,7 @@ def plan_from_file(plan: Plan, path: Path) -> Plan:
     if unknown:
         raise PlanError(f"{path} was made for another model: layers differ, e.g. {unknown[0]}")
     layers = tuple(_planned(layer, entries[layer.name], path) for layer in plan.layers)
-    return replace(plan, layers=layers, keep=values.get("keep"), of=values.get("of"))
+    return replace(plan, layers=layers, keep=float(values["keep"]), of=str(values["of"]))
 
 
 def _planned(layer: LayerPlan, entry: dict[str, Any], path: Path) -> LayerPlan:

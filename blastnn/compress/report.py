@@ -135,7 +135,11 @@ def _keep(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any]:
     after = sum(row["params_after"] for row in targeted)
     stored = job.folder.tensors.num_bytes
     width = stored / job.plan.model_params  # bytes a parameter, before
-    untied = before if job.head is not None and f"{job.head.name}.weight" in job.walker.loader.tied else 0
+    untied = (
+        before
+        if job.head is not None and f"{job.head.name}.weight" in job.walker.loader.tied
+        else 0
+    )
     total = job.plan.model_params
     # A tied head that is compressed leaves the embedding in place: nothing is saved there.
     rest = total - before + (job.head.dense_params if untied and job.head else 0)

@@ -28,7 +28,7 @@ from blastnn.compress.plan import LayerPlan, Plan, make_plan, plan_from_file
 from blastnn.compress.walker import Walker
 from blastnn.compress.writer import Writer
 from blastnn.errors import CalibrationError, ResumeError
-from blastnn.evaluate.probe import digest, probe_arguments
+from blastnn.evaluate.probe import digest
 from blastnn.evaluate.text import Windows, read_text, spread_windows
 from blastnn.linear import StructuredLinear
 from blastnn.models.demo import CALIBRATION
@@ -187,7 +187,7 @@ def _output_dtype(folder: ModelFolder, options: Options) -> torch.dtype:
     if options.dtype is not None:
         return DTYPES[options.dtype]
     stored = getattr(folder.config, "dtype", None)
-    return stored if stored in DTYPES.values() else torch.float32
+    return next((dtype for dtype in DTYPES.values() if dtype == stored), torch.float32)
 
 
 @dataclass(frozen=True)
@@ -339,15 +339,10 @@ class _Run:
     def _probe(self, trace: Trace, check: Tensor, head: StructuredLinear | None) -> None:
         """The output of the compressed model as computed here, for the loaded one to be held to."""
         ids, started = self.job.check_ids(), time.perf_counter()
-        model, name = self.walker.model, None if self.job.head is None else self.job.head.name
-        replaced = None if name is None else model.get_submodule(name)
-        if head is not None and name is not None:
-            output = self.walker.leave(
-                trace, check, ids, self.job.dtype, lambda: _swap(model, name, head)
-            )
-            _swap(model, name, replaced)
-        else:
-            output = self.walker.leave(trace, check, ids, self.job.dtype)
+        replacement = None
+        if head is not None and self.job.head is not None:
+            replacement = (self.job.head.name, head.to(self.job.dtype))
+        output = self.walker.leave(trace, check, ids, self.job.dtype, replacement)
         self.journal.add_seconds("forward", time.perf_counter() - started)
         self.journal.probe = {
             "ids": ids[0].tolist(),
@@ -360,13 +355,10 @@ class _Run:
         return {layer.name: layer.spec for layer in self.job.plan.compressed if layer.name in done}
 
 
-def _swap(model: nn.Module, name: str, layer: nn.Module | None) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, layer)
-
-
 @torch.no_grad()
-def _run_written(block: nn.Module, calls: Sequence[Any], hidden: Tensor, dtype: torch.dtype) -> Tensor:
+def _run_written(
+    block: nn.Module, calls: Sequence[Any], hidden: Tensor, dtype: torch.dtype
+) -> Tensor:
     """The check window through a block exactly as it is written, in the written dtype."""
     if dtype != torch.float32:
         block = block.to(dtype)

@@ -80,19 +80,30 @@ class Walker:
         hidden: Tensor,
         ids: Tensor,
         dtype: torch.dtype,
-        loaded: Callable[[], None] = lambda: None,
+        replacement: tuple[str, nn.Module] | None = None,
     ) -> Tensor:
         """The probed output for one window whose hidden states after the last block are given.
 
-        ``loaded`` is called once the weights outside the blocks are in memory.
+        ``replacement`` is the name of a layer outside the blocks and what stands in for it.
         """
         self._load_outside(dtype, head=True)
-        loaded()
+        original = None
+        if replacement is not None:
+            original = self._swap(*replacement)
         arguments = probe_arguments(self.model, ids)
         run: Callable[[], Any] = lambda: self.model(**arguments)  # noqa: E731
         output = output_of(run_tail(run, self.blocks, trace.wrap, hidden))
+        if replacement is not None and original is not None:
+            self._swap(replacement[0], original)
         self.loader.release(self.outside)
         return output
+
+    def _swap(self, name: str, layer: nn.Module) -> nn.Module:
+        """Put ``layer`` in the place of another one, and return that."""
+        owner, _, leaf = name.rpartition(".")
+        old = self.model.get_submodule(name)
+        setattr(self.model.get_submodule(owner), leaf, layer)
+        return old
 
     def _load_outside(self, dtype: torch.dtype, head: bool) -> None:
         base = {name for name in self.outside if self._in_base(name)}

@@ -64,7 +64,9 @@ class Writer:
             holder = module.get_submodule(owner)
             is_factor = isinstance(holder, StructuredLinear) and leaf in holder.factors
             source = f"{prefix}.{owner}.weight" if owner else f"{prefix}.weight"
-            if is_factor:
+            if is_factor and source in self.walker.loader.tied:
+                name = f"{prefix}.{key}"  # the tensor it was tied to stays where it is
+            elif is_factor:
                 name = self.walker.loader.stored_name(source).removesuffix("weight") + leaf
             else:
                 name = self.walker.loader.stored_name(f"{prefix}.{key}")
@@ -79,7 +81,11 @@ class Writer:
         walker, tensors = self.walker, self.walker.folder.tensors
         indices = range(len(walker.blocks))
         taken = {walker.loader.stored_name(n) for i in indices for n in walker.names_of(i)}
-        if self.head and walker.head is not None and f"{walker.head}.weight" not in walker.loader.tied:
+        if (
+            self.head
+            and walker.head is not None
+            and f"{walker.head}.weight" not in walker.loader.tied
+        ):
             taken.add(walker.loader.stored_name(f"{walker.head}.weight"))
         groups: list[list[str]] = [[]]
         size = 0

@@ -39,7 +39,13 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
     tokenizer = load_tokenizer(Path(request["dense"]))
     texts = [read_text(name) for name in request["texts"]]
     cut = [first_windows(t, tokenizer, request["window"], request["tokens"]) for t in texts]
-    result |= {"protocol": PROTOCOL, "perplexity": [], "cosine": None, "speed": None, "sample": None}
+    result |= {
+        "protocol": PROTOCOL,
+        "perplexity": [],
+        "cosine": None,
+        "speed": None,
+        "sample": None,
+    }
     if not is_causal(dense):
         mean = cosine_agreement(dense, compressed, cut[0])
         tokens = cut[0].ids.numel()

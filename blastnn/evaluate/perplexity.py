@@ -57,11 +57,13 @@ def _window_loss(model: PreTrainedModel, ids: Tensor) -> tuple[float, int]:
 
 
 @torch.no_grad()
-def cosine_agreement(dense: PreTrainedModel, compressed: PreTrainedModel, windows: Windows) -> float:
+def cosine_agreement(
+    dense: PreTrainedModel, compressed: PreTrainedModel, windows: Windows
+) -> float:
     """Mean cosine between both models' last hidden states, token by token; for encoders."""
     total, count = 0.0, 0
     for ids in windows.ids.split(1):
-        states = [model.base_model(input_ids=ids)[0][0].float() for model in (dense, compressed)]
-        cosines = torch.cosine_similarity(*states, dim=-1)
+        x, y = (model.base_model(input_ids=ids)[0][0].float() for model in (dense, compressed))
+        cosines = torch.cosine_similarity(x, y, dim=-1)
         total, count = total + float(cosines.sum()), count + cosines.numel()
     return total / count

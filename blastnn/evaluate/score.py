@@ -68,7 +68,9 @@ def inspect_folder(folder: Path, verify: bool = False) -> dict[str, Any]:
     after = sum(spec.num_params for spec in specs.values())
     result: dict[str, Any] = {
         "folder": str(folder),
-        "layers": {name: {**spec.to_json(), "params": spec.num_params} for name, spec in specs.items()},
+        "layers": {
+            name: {**spec.to_json(), "params": spec.num_params} for name, spec in specs.items()
+        },
         "targets": {"before": before, "after": after, "kept": after / before},
         "bytes": tensors.num_bytes,
     }

@@ -27,7 +27,6 @@ SOLVERS: dict[str, ModuleType] = {
 }
 
 
-
 def automatic_table() -> dict[str, str]:
     """Which solver ``"auto"`` means for each registered structure: the first one that fits it."""
     return {

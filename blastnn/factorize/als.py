@@ -54,9 +54,7 @@ class Schedule:
     coupling_noise: float = 0.5
 
 
-def solve(
-    problem: Problem, spec: Structure, seed: int, sweeps: int = Schedule.sweeps
-) -> Solution:
+def solve(problem: Problem, spec: Structure, seed: int, sweeps: int = Schedule.sweeps) -> Solution:
     """Factorise into BLAST; ``seed`` draws the disturbance of the couplings at the start."""
     start = time.perf_counter()
     assert isinstance(spec, Blast)

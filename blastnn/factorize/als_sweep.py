@@ -111,23 +111,25 @@ class BlockProblem:
         """New ``V`` and, by ``j``, the products ``C_jk V_k`` as ``(q, k, r)``."""
         U, S, V = state.U, state.S, state.V.clone()
         gram = (U.mT @ U).transpose(0, 1)  # (r, i, t)
-        coupled = self.moment is not None
-        moved = torch.einsum("jkqw,kwr->jqkr", self.moment, V) if coupled else V[:, :, None].clone()
+        moment, inverse = self.moment, self.inverse
+        moved = (
+            V[:, :, None].clone() if moment is None else torch.einsum("jkqw,kwr->jqkr", moment, V)
+        )
         for j in range(V.shape[0]):
             columns = self.columns(j)
             # H_kj for all k: a product over i for every r.
             H = torch.bmm(S[:, columns].permute(2, 1, 0), gram * S[None, :, j])  # (r, k, t)
-            own = j if coupled else 0
+            own = 0 if moment is None else j
             H_jj = H[:, own].clone()
             right = self.target[j].mT @ (U * S[:, j, None]).reshape(-1, U.shape[2])  # (q, r)
-            if coupled:
+            if inverse is not None:
                 H[:, own] = 0.0
                 others = H.transpose(0, 1).reshape(-1, H.shape[2])  # (k r, t)
                 right = right - moved[j].reshape(right.shape[0], -1) @ others
-                right = self.inverse[j] @ right
+                right = inverse[j] @ right
             V[j] = self._solve_spd(H_jj, right.mT).mT
-            if coupled:
-                moved[:, :, j] = self.moment[:, j] @ V[j]
+            if moment is not None:
+                moved[:, :, j] = moment[:, j] @ V[j]
             else:
                 moved[j, :, 0] = V[j]
         return V, list(moved)

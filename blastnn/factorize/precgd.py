@@ -83,9 +83,7 @@ def _left_normal_equations(A: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Ten
     return R, G
 
 
-def _loss(
-    A: Tensor, U: Tensor, S: Tensor, V: Tensor, R: Tensor, G: Tensor, energy: float
-) -> float:
+def _loss(A: Tensor, U: Tensor, S: Tensor, V: Tensor, R: Tensor, G: Tensor, energy: float) -> float:
     """Equation (4), from the normal equations where float32 allows it, else from the residual."""
     double = torch.float64
     squared = energy - 2 * float((R * U).sum(dtype=double)) + float((U @ G * U).sum(dtype=double))

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from blastnn.checkpoint import METHOD, check_factors, install_layers, parse_specs, read_specs
 from blastnn.errors import CheckpointError
 from blastnn.files import read_json
+from blastnn.linear import StructuredLinear
 from blastnn.models.tensors import TensorFolder
 
 
@@ -56,6 +57,7 @@ class BlastnnQuantizer(HfQuantizer):
         check_factors(specs, tensors, prefix)
         install_layers(model, specs, prefix)
         _check_rest(model, tensors, prefix)
+        _mark_parents(model)
         tensors.close()
         return model
 
@@ -78,6 +80,18 @@ def _check_rest(model: PreTrainedModel, tensors: TensorFolder, prefix: str) -> N
             raise CheckpointError(
                 f"{tensors.folder} has no tensor for {name}; the folder is incomplete"
             )
+
+
+def _mark_parents(model: PreTrainedModel) -> None:
+    """Keep transformers from initialising ``parent.layer.weight``, which structured layers lack.
+
+    Some families (GPT-2) rescale their output projections by name; every weight is in the files
+    anyway. Parents with tensors of their own are left alone.
+    """
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not own and any(isinstance(child, StructuredLinear) for child in module.children()):
+            module._is_hf_initialized = True
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

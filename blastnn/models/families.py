@@ -11,7 +11,6 @@ FAMILIES: dict[str, str] = {
     "bert": "encoder.layer",
     "distilbert": "transformer.layer",
     "gpt2": "h",
-    "gpt_neox": "layers",
     "llama": "layers",
     "mistral": "layers",
     "olmo2": "layers",

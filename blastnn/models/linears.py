@@ -45,7 +45,7 @@ def find_linears(root: nn.Module, prefix: str = "") -> list[LinearInfo]:
     attention = {f"{name}.out_proj" for name, m in root.named_modules() if _is_fused_attention(m)}
     found = []
     for name, module in root.named_modules():
-        if not isinstance(module, tuple(LINEAR_CLASSES)):
+        if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         obstacle = _obstacle(name, module, attention)
         rows, columns = module.weight.shape

@@ -47,7 +47,9 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             else:
                 model = model_class._from_config(config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"transformers cannot build {names or config.model_type}: {error}") from error
+        raise ModelError(
+            f"transformers cannot build {names or config.model_type}: {error}"
+        ) from error
     return model.eval()
 
 
@@ -124,7 +126,13 @@ class WeightLoader:
                 f"{self.folder.path}: tensor {stored} has the shape "
                 f"{self.folder.tensors.shape(stored)}, but config.json makes it {shape}"
             )
-        return self.folder.tensors.read(stored)
+        value = self.folder.tensors.read(stored)
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{self.folder.path}: tensor {stored} has NaN or infinite entries; the model is "
+                "damaged: download or convert it again"
+            )
+        return value
 
     def release(self, names: Iterable[str]) -> None:
         """Drop the values of parameters: they go back to the meta device."""

@@ -77,7 +77,9 @@ def open_model(model: str | Path, say: Say = lambda _: None) -> ModelFolder:
         raise ModelError(f"{path} is neither a folder nor a .gguf file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return read_folder(str(model), _from_hub(str(model), say))
-    raise ModelError(f"there is no model {str(model)!r}: give a folder, a .gguf file, a hub id or demo")
+    raise ModelError(
+        f"there is no model {str(model)!r}: give a folder, a .gguf file, a hub id or demo"
+    )
 
 
 def read_folder(name: str, path: Path, note: str | None = None) -> ModelFolder:

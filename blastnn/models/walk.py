@@ -125,7 +125,7 @@ def _replaced(
     """Give every block another forward for a while; modules and attributes stay."""
     try:
         for index, block in enumerate(blocks):
-            block.module.forward = recorder(index, block.module.forward)  # type: ignore[method-assign]
+            block.module.forward = recorder(index, block.module.forward)
         with torch.no_grad():
             yield
     finally:

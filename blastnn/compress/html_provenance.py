@@ -1,0 +1,120 @@
+"""Sections of the report page that say what was done, on what, and with what."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from blastnn.compress import charts
+from blastnn.compress.html_page import (
+    DASH,
+    Html,
+    absent,
+    count,
+    duration,
+    element,
+    fingerprint,
+    finite,
+    note,
+    pairs,
+    part,
+    plain,
+    records,
+    section,
+    size,
+    table,
+)
+
+_HASH = re.compile("[0-9a-f]{32,}")
+
+Report = dict[str, Any]
+
+
+def calibration_section(report: Report) -> Html:
+    """Return what the compression was calibrated on, so that it can be repeated."""
+    calibration = report.get("calibration")
+    if not calibration:
+        return section("Calibration", absent("calibration text", "none recorded"))
+    seed = part(calibration, "seed")
+    facts = [
+        ("Windows", count(part(calibration, "windows"))),
+        ("Tokens per window", count(part(calibration, "window"))),
+        ("Tokens", count(part(calibration, "tokens"))),
+        ("Seed", _value(part(report, "options", "seed") if seed is None else seed)),
+        ("SHA-256 of tokens", fingerprint(part(calibration, "tokens_sha256"))),
+    ]
+    sources = records(part(calibration, "sources"))
+    return section("Calibration", pairs(facts), _sources(sources) if sources else "")
+
+
+def _sources(sources: list[dict[str, Any]]) -> Html:
+    rows = (
+        (
+            source.get("name") or DASH,
+            count(source.get("tokens")),
+            count(source.get("windows")),
+            fingerprint(source.get("sha256")),
+        )
+        for source in sources
+    )
+    return table(("Source", "Tokens#", "Windows#", "SHA-256"), rows)
+
+
+def facts_section(title: str, facts: object) -> Html:
+    """Return a flat dict as it is, in its own order."""
+    if not isinstance(facts, dict) or not facts:
+        return section(title, absent(title.lower(), "none recorded"))
+    return section(title, pairs((plain(key), _value(facts[key])) for key in facts))
+
+
+def _value(value: object) -> object:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return element("code", value)
+    return DASH if value is None else plain(value)
+
+
+def time_section(report: Report) -> Html:
+    """Return how the time was spent."""
+    timing = report.get("timing")
+    names = {"factorise": "Factorising", "forward": "Forward passes", "other": "Other"}
+    spent = {title: finite(part(timing, key)) for key, title in names.items()}
+    known = [(title, seconds) for title, seconds in spent.items() if seconds is not None]
+    if not known:
+        return section("Time", absent("time", "none recorded"))
+    total = ("Total", duration(part(timing, "total")))
+    rows = [*((title, duration(seconds)) for title, seconds in known), total]
+    return section("Time", charts.split_bar(known), pairs(rows))
+
+
+def memory_section(report: Report) -> Html:
+    """Return the largest memory of the run, and how it was read."""
+    memory = report.get("memory")
+    peak = part(memory, "peak_anonymous_bytes")
+    how = plain(part(memory, "how") or "")
+    if peak is None:
+        return section("Memory", absent("peak memory not measured", how))
+    return section("Memory", pairs([("Peak anonymous memory", size(peak))]), note(how))
+
+
+def source_section(report: Report) -> Html:
+    """Return which model was compressed."""
+    source = report.get("source")
+    rows = [
+        ("Path", part(source, "path") or DASH),
+        ("SHA-256", part(source, "sha256") or DASH),
+        ("Note", part(source, "note") or DASH),
+    ]
+    return section("Source model", pairs((name, element("code", value)) for name, value in rows))
+
+
+def self_check_section(report: Report) -> Html:
+    """Return the check that the saved model computes what the compressed one did."""
+    check = report.get("self_check")
+    if not isinstance(check, dict):
+        return section("Self-check", absent("self-check", "none recorded"))
+    verdicts = {True: "yes", False: "NO, it failed", None: "not checked"}
+    verified = check.get("verified")
+    verdict = next((words for key, words in verdicts.items() if verified is key), plain(verified))
+    return facts_section("Self-check", {**check, "verified": verdict})

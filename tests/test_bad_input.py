@@ -1,0 +1,210 @@
+"""Bad input gives one clear error that names the culprit, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import blastnn
+from blastnn import cli
+from blastnn.compress.options import Options
+from blastnn.errors import BlastnnError, CheckpointError, ModelError, PlanError, ResumeError
+from tests.made_up import TEXT, make_folder, make_model
+from tests.test_end_to_end import compress
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A good dense model folder."""
+    return make_folder(tmp_path / "dense")
+
+
+def change_tensor(folder: Path, name: str, value: object) -> None:
+    """Rewrite the folder's weights with one tensor changed or, with None, removed."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] = value(tensors[name]) if callable(value) else value
+    save_file({k: v for k, v in tensors.items() if v is not None}, path, metadata={"format": "pt"})
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+
+
+def test_missing_empty_and_truncated_weights(source: Path, tmp_path: Path) -> None:
+    path = source / "model.safetensors"
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"not a tensor file at all"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            compress(source, tmp_path / "out")
+    path.unlink()
+    with pytest.raises(CheckpointError, match="neither"):
+        compress(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_damaged_weight_is_named(source: Path, tmp_path: Path, poison: float) -> None:
+    def damage(weight: torch.Tensor) -> torch.Tensor:
+        weight[0, 0] = poison
+        return weight
+
+    change_tensor(source, LAYER, damage)
+    with pytest.raises(CheckpointError, match=LAYER):
+        compress(source, tmp_path / "out")
+
+
+def test_missing_tensor_and_wrong_shape_are_named(source: Path, tmp_path: Path) -> None:
+    change_tensor(source, LAYER, lambda weight: weight[:-1].clone())
+    with pytest.raises(CheckpointError, match=LAYER):
+        compress(source, tmp_path / "out")
+    change_tensor(source, LAYER, None)
+    with pytest.raises(CheckpointError, match=LAYER):
+        compress(source, tmp_path / "other")
+
+
+def test_zero_matrix_gives_zero_factors(source: Path, tmp_path: Path) -> None:
+    change_tensor(source, LAYER, torch.zeros_like)
+    compress(source, tmp_path / "out")
+    layer = blastnn.load_model(tmp_path / "out").model.layers[1].mlp.up_proj
+    assert all(not bool(factor.any()) for factor in layer.factors.values())
+
+
+def test_calibration_text(source: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.txt"
+    for content, words in (
+        (b"", "empty"),
+        (b"short", "fewer than one window"),
+        (b"\xff\xfe", "UTF"),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(BlastnnError, match=words):
+            compress(source, tmp_path / "out", calibration=[str(bad)])
+    with pytest.raises(BlastnnError, match="no text file"):
+        compress(source, tmp_path / "out", calibration=[str(tmp_path / "absent.txt")])
+    with pytest.raises(BlastnnError, match="--calibration"):
+        compress(source, tmp_path / "out", calibration=None)
+
+
+def test_unknown_architecture(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    for kind in ("martian", "mamba"):
+        changed = {**config, "model_type": kind, "architectures": ["MambaForCausalLM"]}
+        (source / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ModelError, match=kind):
+            compress(source, tmp_path / "out")
+    with pytest.raises(ModelError, match="no model"):
+        compress(tmp_path / "nowhere", tmp_path / "out")
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.5, 1.5, float("nan")])
+def test_keep_outside_its_range(keep: float) -> None:
+    with pytest.raises(PlanError, match="keep"):
+        Options(keep=keep)
+
+
+def test_too_many_blocks_names_the_layer(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(BlastnnError, match="k_proj.*row blocks"):
+        compress(source, tmp_path / "out", blocks=(20, 2), keep=0.9, targets=("*k_proj",))
+
+
+def test_output_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "precious.txt").write_text("keep me")
+    for resume in (False, True):
+        with pytest.raises(ResumeError, match="not empty"):
+            compress(source, taken, resume=resume)
+    assert (taken / "precious.txt").read_text() == "keep me"
+    with pytest.raises(ResumeError):
+        compress(source, taken / "precious.txt")
+    with pytest.raises(ResumeError):
+        compress(source, taken / "precious.txt" / "below")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 0))
+    with pytest.raises(ResumeError, match="free"):
+        compress(source, tmp_path / "full")
+
+
+def test_resume_with_changed_options_or_model(source: Path, tmp_path: Path) -> None:
+    compress(source, tmp_path / "out")
+    with pytest.raises(ResumeError, match="seed"):
+        compress(source, tmp_path / "out", resume=True, seed=1)
+    with pytest.raises(ResumeError, match="calibration"):
+        compress(source, tmp_path / "out", resume=True, calibration=[])
+    change_tensor(source, LAYER, lambda weight: weight + 1)
+    with pytest.raises(ResumeError, match="model"):
+        compress(source, tmp_path / "out", resume=True)
+
+
+def tamper(folder: Path, **changes: object) -> None:
+    """Change fields of one spec in ``config.json``."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["layers"]["model.layers.1.mlp.up_proj"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank": 3},
+        {"rank": -1},
+        {"blocks": [1, 1]},
+        {"structure": "x"},
+        {"in_features": 7},
+        {"a": 1},
+    ],
+)
+def test_tampered_config_is_refused(
+    source: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    compress(source, tmp_path / "out")
+    tamper(tmp_path / "out", **changes)
+    with pytest.raises(CheckpointError):
+        blastnn.load_model(tmp_path / "out")
+
+
+def test_missing_factor_is_refused_not_invented(source: Path, tmp_path: Path) -> None:
+    compress(source, tmp_path / "out")
+    shard = next(
+        path
+        for path in sorted((tmp_path / "out").glob("*.safetensors"))
+        if "model.layers.1.mlp.up_proj.S" in load_file(path)
+    )
+    tensors = load_file(shard)
+    del tensors["model.layers.1.mlp.up_proj.S"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(BlastnnError, match="up_proj"):
+        blastnn.load_model(tmp_path / "out")
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    make_model("llama").config.save_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    with pytest.raises(CheckpointError, match="pickles"):
+        compress(folder, tmp_path / "out", calibration=[])
+
+
+def test_the_command_line_prints_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (
+        ["compress", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")],
+        ["compress", "demo", "--output", str(tmp_path / "out"), "--keep", "2"],
+        ["inspect", str(tmp_path)],
+        ["plan", str(tmp_path), "--blocks", "many"],
+        ["evaluate", str(tmp_path), "--text", str(TEXT)],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        error = capsys.readouterr().err.strip()
+        assert stopped.value.code == 2
+        assert error.startswith("error: ")
+        assert len(error.splitlines()) == 1

@@ -1,0 +1,431 @@
+"""The laws that every registered structure keeps, and what is particular to BLAST."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from blastnn.errors import StructureError
+from blastnn.structures import STRUCTURES, Blast, LowRank, Structure, spec_from_json
+from blastnn.structures.blast import FEW_TOKENS
+
+# The only per-structure knowledge of the conformance suite: what a constructor takes besides the
+# matrix shape and the rank. A new structure adds one line.
+EXAMPLE_OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "blast": [
+        {"blocks": (1, 1)},
+        {"blocks": (2, 2)},
+        {"blocks": (3, 2)},
+        {"blocks": (2, 5)},
+        {"blocks": (5, 7)},
+    ],
+    "lowrank": [{}],
+}
+SHAPES = [(7, 7), (12, 20), (13, 11), (31, 9), (8, 37)]
+RANKS = [1, 3]
+MANY_TOKENS = FEW_TOKENS + 7
+
+
+def example_specs() -> list[Structure]:
+    return [
+        STRUCTURES[name](m, n, rank=rank, **options)
+        for name, choices in EXAMPLE_OPTIONS.items()
+        for options in choices
+        for m, n in SHAPES
+        for rank in RANKS
+    ]
+
+
+def describe(spec: Structure) -> str:
+    return "-".join(str(value).replace(" ", "") for value in spec.to_json().values())
+
+
+every_spec = pytest.mark.parametrize("spec", example_specs(), ids=describe)
+few_specs = pytest.mark.parametrize(
+    "spec",
+    [s for s in example_specs() if (s.out_features, s.in_features) == (13, 11)],
+    ids=describe,
+)
+every_structure = pytest.mark.parametrize("name", sorted(STRUCTURES))
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"]
+)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def random_factors(
+    spec: Structure, seed: int = 1, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    return {
+        name: normal(*shape, seed=seed + i, dtype=dtype)
+        for i, (name, shape) in enumerate(spec.factor_shapes().items())
+    }
+
+
+def dense_product(spec: Structure, x: Tensor, factors: dict[str, Tensor]) -> Tensor:
+    return x @ spec.to_dense(factors).T
+
+
+def assert_product(spec: Structure, x: Tensor, factors: dict[str, Tensor]) -> None:
+    expected = dense_product(spec, x, factors)
+    actual = spec.matmul(x, factors)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_every_registered_structure_is_tested():
+    assert set(EXAMPLE_OPTIONS) == set(STRUCTURES)
+    assert all(name == structure.name for name, structure in STRUCTURES.items())
+
+
+@every_spec
+@pytest.mark.parametrize("tokens", [1, 5, FEW_TOKENS, FEW_TOKENS + 1, MANY_TOKENS])
+def test_matmul_is_the_dense_product(spec, tokens):
+    x = normal(tokens, spec.in_features)
+    assert_product(spec, x, random_factors(spec))
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("tokens", [8, 64])
+def test_matmul_is_as_accurate_as_the_dense_product(spec, dtype, tokens):
+    squared_error = squared_dense_error = 0.0
+    for seed in range(8):  # a single draw of a tiny matrix says little about rounding
+        x = normal(tokens, spec.in_features, seed=seed, dtype=dtype)
+        factors = random_factors(spec, seed=100 + 10 * seed, dtype=dtype)
+        exact = dense_product(spec, x.double(), {key: f.double() for key, f in factors.items()})
+        actual = spec.matmul(x, factors)
+        assert actual.dtype == dtype
+        squared_error += float((actual.double() - exact).square().sum())
+        dense = dense_product(spec, x, factors)
+        squared_dense_error += float((dense.double() - exact).square().sum())
+    assert squared_error**0.5 <= 2 * squared_dense_error**0.5
+
+
+@few_specs
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 3), (4, 9), (2, 0), (0, 3), (2, 1, 3)])
+def test_leading_dimensions_are_kept(spec, leading):
+    x = normal(*leading, spec.in_features) if leading else normal(spec.in_features)
+    y = spec.matmul(x, random_factors(spec))
+    assert y.shape == (*leading, spec.out_features)
+    torch.testing.assert_close(y, dense_product(spec, x, random_factors(spec)))
+
+
+@few_specs
+@pytest.mark.parametrize("tokens", [6, MANY_TOKENS])
+def test_memory_layout_of_the_input_does_not_matter(spec, tokens):
+    n = spec.in_features
+    factors = random_factors(spec)
+    transposed = normal(n, tokens).T
+    strided = normal(2 * tokens, 2 * n)[::2, ::2]
+    expanded = normal(1, n).expand(tokens, n)
+    permuted = normal(n, 2, tokens).permute(1, 2, 0)
+    for x in (transposed, strided, expanded, permuted):
+        assert not x.is_contiguous()
+        assert_product(spec, x, factors)
+
+
+@few_specs
+@pytest.mark.parametrize("tokens", [6, MANY_TOKENS])
+def test_memory_layout_of_the_factors_does_not_matter(spec, tokens):
+    factors = {
+        key: f.transpose(-1, -2).contiguous().transpose(-1, -2)
+        for key, f in random_factors(spec).items()
+    }
+    assert_product(spec, normal(tokens, spec.in_features), factors)
+
+
+@few_specs
+def test_matmul_leaves_its_arguments_alone(spec):
+    x, factors = normal(MANY_TOKENS, spec.in_features), random_factors(spec)
+    spec.matmul(x, factors)
+    spec.to_dense(factors)
+    assert torch.equal(x, normal(MANY_TOKENS, spec.in_features))
+    assert all(torch.equal(f, random_factors(spec)[key]) for key, f in factors.items())
+
+
+@few_specs
+@pytest.mark.parametrize("tokens", [2, MANY_TOKENS])
+def test_gradients_of_matmul(spec, tokens):
+    x = normal(tokens, spec.in_features).requires_grad_()
+    factors = random_factors(spec)
+    values = [f.requires_grad_() for f in factors.values()]
+
+    def product(x: Tensor, *values: Tensor) -> Tensor:
+        return spec.matmul(x, dict(zip(factors, values, strict=True)))
+
+    assert torch.autograd.gradcheck(product, (x, *values), fast_mode=tokens > 2)
+
+
+@few_specs
+def test_gradients_of_to_dense(spec):
+    factors = random_factors(spec)
+    values = [f.requires_grad_() for f in factors.values()]
+
+    def dense(*values: Tensor) -> Tensor:
+        return spec.to_dense(dict(zip(factors, values, strict=True)))
+
+    assert torch.autograd.gradcheck(dense, tuple(values))
+
+
+@every_spec
+def test_num_params_counts_the_factors(spec):
+    factors = spec.init()
+    assert {key: tuple(f.shape) for key, f in factors.items()} == spec.factor_shapes()
+    assert spec.num_params == sum(f.numel() for f in factors.values())
+    assert spec.to_dense(factors).shape == (spec.out_features, spec.in_features)
+
+
+@every_spec
+def test_json_round_trip(spec):
+    read = spec_from_json(json.loads(json.dumps(spec.to_json())))
+    assert read == spec
+    assert type(read) is type(spec)
+    assert hash(read) == hash(spec)
+
+
+@every_structure
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_budget_is_kept_and_used(name, data):
+    structure = STRUCTURES[name]
+    options = data.draw(st.sampled_from(EXAMPLE_OPTIONS[name]))
+    m, n = data.draw(st.integers(7, 90)), data.draw(st.integers(7, 90))
+    step = data.draw(st.integers(1, 9))
+    params = data.draw(st.integers(-1, 3 * m * n))
+    smallest = structure(m, n, rank=step, **options)
+    if smallest.num_params > params:
+        with pytest.raises(StructureError, match=str(params)):
+            structure.for_budget(m, n, params, step=step, **options)
+        return
+    spec = structure.for_budget(m, n, params, step=step, **options)
+    assert (spec.out_features, spec.in_features) == (m, n)
+    assert all(getattr(spec, key) == value for key, value in options.items())
+    assert spec.rank % step == 0
+    assert spec.num_params <= params
+    assert dataclasses.replace(spec, rank=spec.rank + step).num_params > params
+
+
+@every_structure
+def test_budget_needs_no_options(name):
+    spec = STRUCTURES[name].for_budget(64, 48, 64 * 48 // 2)
+    assert 0 < spec.num_params <= 64 * 48 // 2
+
+
+@every_structure
+@pytest.mark.parametrize("step", [0, -1, 1.5, True])
+def test_budget_refuses_a_bad_step(name, step):
+    with pytest.raises(StructureError, match="step"):
+        STRUCTURES[name].for_budget(64, 48, 1000, step=step)
+
+
+@few_specs
+@every_dtype
+def test_init_is_seeded_and_typed(spec, dtype):
+    once, again, other = (spec.init(seed=seed, dtype=dtype) for seed in (3, 3, 4))
+    assert all(f.dtype == dtype for f in once.values())
+    assert all(torch.equal(f, again[key]) for key, f in once.items())
+    assert not any(torch.equal(f, other[key]) for key, f in once.items())
+
+
+@few_specs
+def test_init_ignores_the_global_generator(spec):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    spec.init(seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_structure
+@pytest.mark.parametrize("rank", [4, 32])
+@pytest.mark.parametrize(("m", "n"), [(96, 128), (128, 60)])
+def test_init_has_the_scale_of_a_linear_layer(name, rank, m, n):
+    for options in EXAMPLE_OPTIONS[name]:
+        spec = STRUCTURES[name](m, n, rank=rank, **options)
+        seeds = range(0, 500, 5)
+        squares = [spec.to_dense(spec.init(seed=seed)).square().mean() for seed in seeds]
+        std = math.sqrt(sum(map(float, squares)) / len(squares))
+        assert std * math.sqrt(n) == pytest.approx(1.0, rel=0.08)
+
+
+@few_specs
+@pytest.mark.parametrize("tokens", [4, MANY_TOKENS])
+def test_meta_device(spec, tokens):
+    factors = spec.init(device="meta", dtype=torch.bfloat16)
+    assert all(f.is_meta and f.dtype == torch.bfloat16 for f in factors.values())
+    assert {key: tuple(f.shape) for key, f in factors.items()} == spec.factor_shapes()
+    x = torch.empty(2, tokens, spec.in_features, device="meta", dtype=torch.bfloat16)
+    assert spec.matmul(x, factors).shape == (2, tokens, spec.out_features)
+    assert spec.to_dense(factors).shape == (spec.out_features, spec.in_features)
+    assert spec.to_dense(factors).is_meta
+
+
+@every_structure
+@pytest.mark.parametrize("value", [0, -3, 2.0, True, "2", None])
+@pytest.mark.parametrize("field", ["out_features", "in_features", "rank"])
+def test_sizes_must_be_positive_whole_numbers(name, field, value):
+    sizes = {"out_features": 14, "in_features": 15, "rank": 2, field: value}
+    with pytest.raises(StructureError, match=field):
+        STRUCTURES[name](**sizes, **EXAMPLE_OPTIONS[name][-1])
+
+
+@few_specs
+@pytest.mark.parametrize("change", [-1, 1])
+def test_input_width_is_checked(spec, change):
+    width = spec.in_features + change
+    with pytest.raises(StructureError, match=str(spec.in_features)):
+        spec.matmul(normal(3, width), random_factors(spec))
+    with pytest.raises(StructureError):
+        spec.matmul(torch.tensor(1.0, dtype=torch.float64), random_factors(spec))
+
+
+@few_specs
+def test_factors_are_checked(spec):
+    factors = random_factors(spec)
+    spec.check(factors)
+    first = next(iter(factors))
+    wrong_shape = {**factors, first: factors[first][..., :-1]}
+    missing = {key: f for key, f in factors.items() if key != first}
+    extra = {**factors, "extra": normal(2, 2)}
+    for wrong in (wrong_shape, missing, extra, {}):
+        with pytest.raises(StructureError, match=first):
+            spec.check(wrong)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        None,
+        [],
+        "blast",
+        {},
+        {"structure": 3},
+        {"structure": "none such"},
+        {"structure": "lowrank"},
+        {"structure": "lowrank", "out_features": 4, "in_features": 4},
+        {"structure": "lowrank", "out_features": 4, "in_features": 4, "rank": 0},
+        {"structure": "lowrank", "out_features": 4, "in_features": 4, "rank": 1, "more": 1},
+        {"structure": "blast", "out_features": 4, "in_features": 4, "rank": 1},
+        {"structure": "blast", "out_features": 4, "in_features": 4, "rank": 1, "blocks": None},
+        {"structure": "blast", "out_features": 4, "in_features": 4, "rank": 1, "blocks": [2]},
+        {"structure": "blast", "out_features": 4, "in_features": 4, "rank": 1, "blocks": [2, 5]},
+        {"structure": "blast", "out_features": 4, "in_features": 4, "rank": 1, "blocks": [2, 2.0]},
+        {"structure": "blast", "out_features": 4, "in_features": 4, "rank": 1, "blocks": "22"},
+    ],
+)
+def test_json_that_describes_no_matrix_is_refused(values):
+    with pytest.raises(StructureError):
+        spec_from_json(values)
+
+
+# What is particular to BLAST.
+
+
+@pytest.mark.parametrize("blocks", [(14, 1), (1, 12), (99, 99)])
+def test_blast_refuses_more_blocks_than_rows_or_columns(blocks):
+    with pytest.raises(StructureError, match="at most"):
+        Blast(13, 11, rank=2, blocks=blocks)
+    with pytest.raises(StructureError, match="at most"):
+        Blast.for_budget(13, 11, 1000, blocks=blocks)
+
+
+@pytest.mark.parametrize("blocks", [0, -1, (0, 1), (1, -1), (1, 2, 3), (2,), (), True, 2.5, None])
+def test_blast_refuses_bad_blocks(blocks):
+    with pytest.raises(StructureError, match="blocks"):
+        Blast(13, 11, rank=2, blocks=blocks)
+
+
+def test_blast_takes_one_number_for_square_blocks():
+    assert Blast(13, 11, rank=2, blocks=3) == Blast(13, 11, rank=2, blocks=(3, 3))
+
+
+def test_blast_takes_as_many_blocks_as_rows_and_columns():
+    spec = Blast(13, 11, rank=2, blocks=(13, 11))
+    assert spec.block_shape == (1, 1)
+    assert_product(spec, normal(MANY_TOKENS, 11), random_factors(spec))
+
+
+def padded_rows(matrix: Tensor, blocks: int, rows: int) -> Tensor:
+    missing = blocks * rows - matrix.shape[0]
+    return torch.nn.functional.pad(matrix, (0, 0, 0, missing)).view(blocks, rows, -1)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (2, 3), (5, 7)])
+def test_low_rank_is_blast_with_couplings_of_one(blocks):
+    low_rank = LowRank(13, 11, rank=4)
+    blast = Blast(13, 11, rank=4, blocks=blocks)
+    factors = random_factors(low_rank)
+    (b1, b2), (p, q) = blast.blocks, blast.block_shape
+    same = {
+        "U": padded_rows(factors["U"], b1, p),
+        "S": torch.ones(b1, b2, 4, dtype=torch.float64),
+        "V": padded_rows(factors["V"], b2, q),
+    }
+    torch.testing.assert_close(blast.to_dense(same), low_rank.to_dense(factors))
+    for tokens in (3, MANY_TOKENS):
+        x = normal(tokens, 11)
+        torch.testing.assert_close(blast.matmul(x, same), low_rank.matmul(x, factors))
+
+
+@pytest.mark.parametrize("tokens", [3, MANY_TOKENS])
+def test_block_diagonal_is_blast_with_identity_couplings(tokens):
+    blast = Blast(12, 20, rank=3, blocks=(4, 4))
+    factors = random_factors(blast)
+    factors["S"] = torch.eye(4, dtype=torch.float64)[:, :, None].expand(4, 4, 3)
+    expected = torch.block_diag(*(factors["U"] @ factors["V"].mT))
+    torch.testing.assert_close(blast.to_dense(factors), expected)
+    x = normal(tokens, 20)
+    torch.testing.assert_close(blast.matmul(x, factors), x @ expected.T)
+
+
+# 9 rows in 5 blocks of 2 leave half a block over; 9 rows in 7 blocks of 2 leave whole blocks over.
+PADDED_SPECS = [
+    Blast(13, 11, rank=3, blocks=(2, 3)),
+    Blast(9, 11, rank=3, blocks=(5, 4)),
+    Blast(9, 9, rank=2, blocks=(7, 7)),
+]
+padded_specs = pytest.mark.parametrize("spec", PADDED_SPECS, ids=describe)
+
+
+def padding_masks(spec: Blast) -> dict[str, Tensor]:
+    (b1, b2), (p, q) = spec.blocks, spec.block_shape
+    return {
+        "U": torch.arange(b1 * p).view(b1, p) >= spec.out_features,
+        "V": torch.arange(b2 * q).view(b2, q) >= spec.in_features,
+    }
+
+
+@padded_specs
+@pytest.mark.parametrize("tokens", [3, MANY_TOKENS])
+@pytest.mark.parametrize("poison", [1e30, -1e300])
+def test_padding_never_shows(spec, tokens, poison):
+    clean = random_factors(spec)
+    poisoned = {key: f.clone() for key, f in clean.items()}
+    for key, mask in padding_masks(spec).items():
+        assert mask.any()
+        poisoned[key][mask] = poison
+    x = normal(tokens, spec.in_features)
+    assert torch.equal(spec.matmul(x, poisoned), spec.matmul(x, clean))
+    assert torch.equal(spec.to_dense(poisoned), spec.to_dense(clean))
+
+
+@padded_specs
+@pytest.mark.parametrize("tokens", [3, MANY_TOKENS])
+def test_padding_gets_no_gradient(spec, tokens):
+    factors = {key: f.requires_grad_() for key, f in random_factors(spec).items()}
+    spec.matmul(normal(tokens, spec.in_features), factors).square().sum().backward()
+    for key, mask in padding_masks(spec).items():
+        assert factors[key].grad[mask].abs().max() == 0
+        assert factors[key].grad[~mask].abs().min() > 0
