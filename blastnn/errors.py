@@ -2,7 +2,7 @@
 
 
 class BlastnnError(ValueError):
-    """Base of every error that blastnn raises on purpose; the command line prints it in one line."""
+    """Base of every error blastnn raises on purpose; the command line prints it in one line."""
 
 
 class StructureError(BlastnnError):
@@ -10,11 +10,11 @@ class StructureError(BlastnnError):
 
 
 class FactorizationError(BlastnnError):
-    """A weight or second moment that no solver can work with, or a solver that does not apply."""
+    """A weight or second moment no solver can work with, or a solver that does not apply."""
 
 
 class CheckpointError(BlastnnError):
-    """A file of a model folder is missing, unreadable, of a refused kind, or contradicts another."""
+    """A file of a model folder is missing, unreadable, refused, or contradicts another."""
 
 
 class ModelError(BlastnnError):

@@ -20,7 +20,7 @@ def anonymous_bytes() -> int | None:
 
 
 class PeakMemory:
-    """Samples ``anonymous_bytes`` in a thread while the context is open; mapped files don't count."""
+    """Samples ``anonymous_bytes`` in a thread while the context is open."""
 
     def __init__(self, interval: float = 0.02) -> None:
         self.peak = anonymous_bytes()

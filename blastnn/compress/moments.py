@@ -7,6 +7,7 @@ the input in the dense model. Products of one window are float32, their sum is f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -116,11 +117,8 @@ def layer_inputs(
         if len(found) == group.calls:
             raise StopForward(x)
 
-    with _Listener(block, [group.layers[0]], take):
-        try:
-            run_calls(block, calls, hidden)
-        except StopForward:
-            pass
+    with _Listener(block, [group.layers[0]], take), suppress(StopForward):
+        run_calls(block, calls, hidden)
     return torch.cat(found) if len(found) > 1 else found[0]
 
 

@@ -111,5 +111,5 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
 
 
 def is_causal(model: PreTrainedModel) -> bool:
-    """Whether the model predicts the next token, so that perplexity and generation mean something."""
+    """Whether the model predicts the next token, so that it has a perplexity."""
     return type(model) in AutoModelForCausalLM._model_mapping.values()

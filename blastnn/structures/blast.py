@@ -71,7 +71,7 @@ class Blast(Structure):
         """Algorithm 1: ``z_j = V_j^T x_j``, ``w_i = sum_j s_ij z_j``, ``y_i = U_i w_i``."""
         self.check_input(x)
         U, S, V = factors["U"], factors["S"], factors["V"]
-        (b1, b2), (_, q) = self.blocks, self.block_shape
+        b2, q = self.blocks[1], self.block_shape[1]
         tokens = x.reshape(-1, self.in_features)
         columns = _pad_last(tokens, b2 * q).view(-1, b2, q)  # (T, b2, q)
         multiply = _few_tokens if columns.shape[0] <= FEW_TOKENS else _many_tokens
@@ -91,10 +91,10 @@ class Blast(Structure):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> dict[str, Tensor]:
-        r"""``s ~ Unif(0, 2)`` as in Appendix C.2, ``U, V`` normal with the scale that the text means.
+        r"""``s ~ Unif(0, 2)`` as in Appendix C.2, ``U, V`` normal with the scale that it means.
 
-        An entry is ``sum_r u s v`` with ``E[s^2] = 4/3``, so its variance is ``r 4/3 std^4``; ``std``
-        is chosen to make that ``1/n``.
+        An entry is ``sum_r u s v`` with ``E[s^2] = 4/3``, so its variance is ``r 4/3 std^4``;
+        ``std`` is chosen to make that ``1/n``.
         """
         shapes = self.factor_shapes()
         std = (3.0 / (4.0 * self.rank * self.in_features)) ** 0.25
