@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from blastnn.models.demo import prepare_model
 
-OPTIONS = ["--calibration-tokens", "8192", "--sweeps", "2"]
+OPTIONS = ["--calibration-tokens", "2048", "--sweeps", "2"]
 TEXTS = ["--calibration", "demo:wiki-calibration", "--calibration", "demo:c4-calibration"]
 
 

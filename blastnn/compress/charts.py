@@ -13,6 +13,7 @@ from blastnn.compress.html_style import COLOURS, NAMED_KINDS
 
 _WIDTH, _HEIGHT = 900.0, 390.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 8.0, 30.0, 52.0
+_BOX = f"0 0 {_WIDTH} {_HEIGHT}"
 # Width of the column for layers that belong to no block, such as the output head.
 _OUTSIDE = 90.0
 _OTHER = "k-other"
@@ -79,10 +80,8 @@ def split_bar(parts: Sequence[tuple[str, float]]) -> Html:
         place = {"x": _share(start, total), "width": _share(value, total), "height": "100%"}
         rects.append(element("rect", **place, class_=f"part{index}"))
         start += value
-    names = [
-        _legend_entry(f"{name} {percent(value / total if total else None)}", f"part{index}")
-        for index, (name, value) in enumerate(parts)
-    ]
+    shares = [f"{name} {percent(value / total if total else None)}" for name, value in parts]
+    names = (_legend_entry(words, f"part{index}") for index, words in enumerate(shares))
     bar = element("svg", *rects, class_="split", aria_hidden="true")
     return join((bar, element("ul", *names, class_="legend")))
 
@@ -115,7 +114,7 @@ def error_of(layer: Layer) -> float | None:
 
 def round_step(reach: float, most: int) -> float:
     """Return the smallest step of 1, 2 or 5 times a power of ten that makes `most` steps do."""
-    if reach <= 0:
+    if reach < 1e-30:
         return 1.0
     power = 10.0 ** math.floor(math.log10(reach / most))
     return next(power * unit for unit in (1, 2, 5, 10) if power * unit * most >= reach * 0.999999)
@@ -166,10 +165,9 @@ def error_chart(layers: Iterable[Layer], classes: Mapping[str, str]) -> Html:
     # The kinds that share a class are drawn first, so that they do not hide the named ones.
     series = [_series(by_class[name], name, frame) for name in sorted(order, key=_OTHER.__ne__)]
     label = f"Relative error of {len(drawn)} layers by block, from 0 to {number(frame.top, 3)}"
-    box = f"0 0 {_WIDTH:.0f} {_HEIGHT:.0f}"
-    drawing = element("svg", _axes(frame), *series, viewBox=box, role="img", aria_label=label)
-    frame_around = element("div", drawing, class_="frame")
-    return element("figure", frame_around, _legend(order, classes), class_="plot")
+    drawing = element("svg", _axes(frame), *series, viewBox=_BOX, role="img", aria_label=label)
+    shown = element("div", drawing, class_="frame")
+    return element("figure", shown, _legend(order, classes), class_="plot")
 
 
 def _block_of(layer: Layer) -> int | None:

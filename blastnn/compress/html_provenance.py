@@ -85,6 +85,8 @@ def time_section(report: Report) -> Html:
         return section("Time", absent("time", "none recorded"))
     total = ("Total", duration(part(timing, "total")))
     rows = [*((title, duration(seconds)) for title, seconds in known), total]
+    if part(timing, "sittings") is not None:
+        rows.append(("Sittings", count(part(timing, "sittings"))))
     return section("Time", charts.split_bar(known), pairs(rows))
 
 

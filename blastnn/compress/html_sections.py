@@ -220,11 +220,10 @@ def sample_section(report: Report) -> Html:
         return section("Generated text", _unmeasured(report, "sample"))
     dense, compressed = (plain(part(sample, model) or "") for model in ("dense", "compressed"))
     same = _same_opening(dense, compressed)
-    prompt = element("div", element("h3", "Prompt"), _prose(plain(part(sample, "prompt") or "")))
     return section(
         "Generated text",
         note("The opening that both models share is set in grey."),
-        element("div", prompt, class_="sample"),
+        _written("Prompt", plain(part(sample, "prompt") or ""), 0),
         element(
             "div",
             _written("Dense", dense, same),
@@ -246,8 +245,5 @@ def _same_opening(dense: str, compressed: str) -> int:
 
 def _written(title: str, words: str, same: int) -> Html:
     opening = element("span", words[:same], class_="same")
-    return element("div", element("h3", title), _prose(opening, words[same:]), class_="sample")
-
-
-def _prose(*words: object) -> Html:
-    return element("div", *words, class_="prose", dir="auto")
+    prose = element("div", opening, words[same:], class_="prose", dir="auto")
+    return element("div", element("h3", title), prose, class_="sample")
