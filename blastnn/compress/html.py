@@ -64,13 +64,22 @@ def render_html(report: dict[str, Any]) -> str:
         perplexity_section(report),
         speed_section(report),
         sample_section(report),
-        calibration_section(report),
-        facts_section("Options", report.get("options")),
-        element("div", time_section(report), memory_section(report), class_="two"),
-        element("div", source_section(report), self_check_section(report), class_="two"),
-        facts_section("Versions", report.get("environment")),
+        _provenance(report),
         coverage_section(layers),
         _footer(report),
+    )
+
+
+def _provenance(report: Report) -> Html:
+    """Return the sections that a reader who wants to repeat the run needs."""
+    return join(
+        (
+            calibration_section(report),
+            facts_section("Options", report.get("options")),
+            element("div", time_section(report), memory_section(report), class_="two"),
+            element("div", source_section(report), self_check_section(report), class_="two"),
+            facts_section("Versions", report.get("environment")),
+        )
     )
 
 

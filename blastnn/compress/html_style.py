@@ -58,7 +58,7 @@ _FIGURES = """
 .figures dt{font-size:.85rem;color:var(--soft)}
 .figures dd{margin:0}
 .figures .big{font-size:clamp(1.35rem,3.2vw,1.9rem);font-weight:620;letter-spacing:-.02em;
- line-height:1.3;white-space:nowrap}
+ line-height:1.3}
 .figures .detail{font-size:.85rem;color:var(--soft)}
 .arrow{color:var(--soft);font-weight:400}
 """
@@ -146,7 +146,7 @@ section{margin-top:2.5rem}
 .two,.samples{grid-template-columns:minmax(0,1fr)}
 .figures{grid-template-columns:repeat(2,minmax(0,1fr))}
 .figures>div{padding:.9rem 1rem}
-.figures .big{font-size:1.1rem;white-space:normal}
+.figures .big{font-size:1.1rem}
 .frame svg{min-width:30rem}
 .plot text{font-size:17px}
 .bar-row,.two .bar-row{grid-template-columns:minmax(0,1fr) auto;gap:.1rem .8rem}
