@@ -85,7 +85,7 @@ def compress(
         return
     if output is None:
         raise PlanError("give --output DIR, the folder to write to (or --dry-run)")
-    with make_progress(quiet=as_json) as progress:
+    with hint_on_interrupt(), make_progress(quiet=as_json) as progress:
         report, fresh = compress_checkpoint(
             model,
             output,
@@ -222,9 +222,16 @@ def one_line_errors() -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             _fail(f"the disk is full ({error}); free some space and repeat with --resume")
         _fail(str(error))
+
+
+@contextmanager
+def hint_on_interrupt() -> Iterator[None]:
+    """Ctrl-C in a long job ends it with a word on how to go on, and exit status 130."""
+    try:
+        yield
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on from here", file=sys.stderr)
-        sys.exit(130)
+        raise typer.Exit(130) from None
 
 
 def _fail(message: str) -> None:
