@@ -13,10 +13,6 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 # Models and texts come from packages, never from a model hub.
 demo test test-all: export HF_HUB_OFFLINE := 1
 
-# Threads that wait should sleep: where anything else runs on the same cores, threads that spin
-# slow a job down several times.
-export OMP_WAIT_POLICY := PASSIVE
-
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint format clean
 
