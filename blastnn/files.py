@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,13 +19,21 @@ PART = ".part"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that appears under its name only once it is whole and on the disk."""
+    """A safetensors file that appears under its name only once it is whole and on the disk.
+
+    Raises:
+        CheckpointError: it could not be written, for instance because the disk is full.
+    """
     part = path.with_name(path.name + PART)
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-        part,
-        metadata={"format": "pt"},
-    )
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, part, metadata={"format": "pt"})
+    except SafetensorError as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} could not be written: {error}; make room or mend the disk, then repeat the "
+            "command with --resume"
+        ) from error
     _publish(part, path)
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import blastnn
-from blastnn import cli
+from blastnn import cli, files
 from blastnn.compress.options import Options
 from blastnn.errors import BlastnnError, CheckpointError, ModelError, PlanError, ResumeError
 from tests.made_up import TEXT, make_folder, make_model
-from tests.test_end_to_end import compress
+from tests.test_end_to_end import compress, weights_digest
 
 
 @pytest.fixture
@@ -130,6 +131,27 @@ def test_output_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 0))
     with pytest.raises(ResumeError, match="free"):
         compress(source, tmp_path / "full")
+
+
+def test_disk_full_in_the_middle_loses_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(source, tmp_path / "whole")
+    written = []
+
+    def full_after_three(*arguments: object, **options: object) -> None:
+        written.append(arguments)
+        if len(written) == 4:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", full_after_three)
+        with pytest.raises(CheckpointError, match="No space left.*--resume"):
+            compress(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+    compress(source, tmp_path / "out", resume=True)
+    assert weights_digest(tmp_path / "out") == weights_digest(tmp_path / "whole")
 
 
 def test_resume_with_changed_options_or_model(source: Path, tmp_path: Path) -> None:
