@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from blastnn.errors import StructureError
 from blastnn.factorize import factorize
 from blastnn.structures import Factors, Structure
 
@@ -74,6 +75,11 @@ class StructuredLinear(nn.Module):
             StructureError: names or shapes differ from the spec's.
         """
         spec.check(factors)
+        if bias is not None and tuple(bias.shape) != (spec.out_features,):
+            raise StructureError(
+                f"the bias of {spec} must have the shape ({spec.out_features},), but has "
+                f"{tuple(bias.shape)}"
+            )
         layer = cls(spec, bias=bias is not None, device="meta")
         for name, value in factors.items():
             setattr(layer, name, nn.Parameter(value))

@@ -34,6 +34,15 @@ RANKS = [1, 3]
 MANY_TOKENS = FEW_TOKENS + 7
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small lose more to waking threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def example_specs() -> list[Structure]:
     return [
         STRUCTURES[name](m, n, rank=rank, **options)
@@ -97,25 +106,38 @@ def test_matmul_is_the_dense_product(spec, tokens):
     assert_product(spec, x, random_factors(spec))
 
 
-@every_spec
+@every_structure
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("tokens", [8, 64])
-def test_matmul_is_as_accurate_as_the_dense_product(spec, dtype, tokens):
+def test_matmul_is_as_accurate_as_the_dense_product(name, dtype, tokens):
+    # Summed over shapes and draws: which order of summation is luckier differs for each of them.
     squared_error = squared_dense_error = 0.0
-    for seed in range(8):  # a single draw of a tiny matrix says little about rounding
+    specs = [spec for spec in example_specs() if spec.name == name]
+    for seed, spec in enumerate(specs * 2):
         x = normal(tokens, spec.in_features, seed=seed, dtype=dtype)
         factors = random_factors(spec, seed=100 + 10 * seed, dtype=dtype)
         exact = dense_product(spec, x.double(), {key: f.double() for key, f in factors.items()})
         actual = spec.matmul(x, factors)
         assert actual.dtype == dtype
-        squared_error += float((actual.double() - exact).square().sum())
-        dense = dense_product(spec, x, factors)
-        squared_dense_error += float((dense.double() - exact).square().sum())
+        energy = float(exact.square().sum())
+        squared_error += float((actual.double() - exact).square().sum()) / energy
+        dense = dense_product(spec, x, factors).double()
+        squared_dense_error += float((dense - exact).square().sum()) / energy
     assert squared_error**0.5 <= 2 * squared_dense_error**0.5
 
 
 @few_specs
-@pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 3), (4, 9), (2, 0), (0, 3), (2, 1, 3)])
+@pytest.mark.parametrize(
+    "leading",
+    [
+        (),
+        (1,),
+        (2, 3),
+        (4, 9),
+        (2, 1, 3),
+        *[(0,), (2, 0), (0, 3)],
+    ],
+)
 def test_leading_dimensions_are_kept(spec, leading):
     x = normal(*leading, spec.in_features) if leading else normal(spec.in_features)
     y = spec.matmul(x, random_factors(spec))
@@ -249,8 +271,8 @@ def test_init_ignores_the_global_generator(spec):
 
 
 @every_structure
-@pytest.mark.parametrize("rank", [4, 32])
-@pytest.mark.parametrize(("m", "n"), [(96, 128), (128, 60)])
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize(("m", "n"), [(48, 64), (64, 30)])
 def test_init_has_the_scale_of_a_linear_layer(name, rank, m, n):
     for options in EXAMPLE_OPTIONS[name]:
         spec = STRUCTURES[name](m, n, rank=rank, **options)
@@ -341,7 +363,20 @@ def test_blast_refuses_more_blocks_than_rows_or_columns(blocks):
         Blast.for_budget(13, 11, 1000, blocks=blocks)
 
 
-@pytest.mark.parametrize("blocks", [0, -1, (0, 1), (1, -1), (1, 2, 3), (2,), (), True, 2.5, None])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        0,
+        -1,
+        (0, 1),
+        (1, -1),
+        (1, 2, 3),
+        (2,),
+        (),
+        True,
+        *(2.5, None),
+    ],
+)
 def test_blast_refuses_bad_blocks(blocks):
     with pytest.raises(StructureError, match="blocks"):
         Blast(13, 11, rank=2, blocks=blocks)

@@ -202,8 +202,13 @@ def _place(name: str, blocks: list[str]) -> tuple[int | None, str]:
     return None, name
 
 
-def plan_from_file(plan: Plan, path: Path) -> Plan:
+def plan_from_file(plan: Plan, path: Path, head: str | None = None) -> Plan:
     """The model's layers with the specs of a plan file instead of the uniform ones.
+
+    Args:
+        plan: of the model that is to be compressed.
+        path: a file written from ``Plan.to_json``.
+        head: the name of the output layer, the only one outside the blocks that may have a spec.
 
     Raises:
         PlanError: another format, or layers or shapes that are not this model's.
@@ -211,19 +216,25 @@ def plan_from_file(plan: Plan, path: Path) -> Plan:
     values = read_json(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise PlanError(f"{path} is not a plan file ({FORMAT})")
-    entries = values.get("layers", {})
+    entries = values.get("layers")
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+        raise PlanError(f"{path}: 'layers' must be an object with an object for every layer")
     unknown = sorted(set(entries) ^ {layer.name for layer in plan.layers})
     if unknown:
         raise PlanError(f"{path} was made for another model: layers differ, e.g. {unknown[0]}")
-    layers = tuple(_planned(layer, entries[layer.name], path) for layer in plan.layers)
+    layers = tuple(_planned(layer, entries[layer.name], path, head) for layer in plan.layers)
     return replace(plan, layers=layers, keep=float(values["keep"]), of=str(values["of"]))
 
 
-def _planned(layer: LayerPlan, entry: dict[str, Any], path: Path) -> LayerPlan:
+def _planned(layer: LayerPlan, entry: dict[str, Any], path: Path, head: str | None) -> LayerPlan:
     if set(entry) == {"keep"}:
+        if not isinstance(entry["keep"], str):
+            raise PlanError(f"{path}: layer {layer.name} is kept for no reason given in words")
         return replace(layer, spec=None, reason=entry["keep"])
-    if layer.reason is not None and layer.reason not in (OUTSIDE, UNTARGETED):
-        raise PlanError(f"{path}: layer {layer.name} cannot be compressed: {layer.reason}")
+    fixed = layer.reason not in (None, OUTSIDE, UNTARGETED)
+    if fixed or (layer.block is None and layer.name != head):
+        reason = layer.reason if fixed else "it is neither in a block nor the output layer"
+        raise PlanError(f"{path}: layer {layer.name} cannot be compressed: {reason}")
     spec = spec_from_json(entry)
     if (spec.out_features, spec.in_features) != (layer.out_features, layer.in_features):
         raise PlanError(f"{path}: {spec} does not fit layer {layer.name}")

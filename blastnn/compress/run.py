@@ -145,7 +145,7 @@ def prepare_job(
     walker = Walker(folder)
     plan = make_plan(walker.model, walker.block_names, options, walker.head, walker.loader.tied)
     if plan_file is not None:
-        plan = plan_from_file(plan, plan_file)
+        plan = plan_from_file(plan, plan_file, walker.head)
     windows = calibration_windows(folder, options, calibration, progress.say)
     return Job(folder, options, walker, plan, windows, _output_dtype(folder, options), progress)
 

@@ -113,6 +113,8 @@ def _framed_windows(
 ) -> tuple[Tensor, Tensor]:
     before, after = special_frame(tokenizer)
     length = window - len(before) - len(after)
+    if length < 2:
+        raise CalibrationError(f"a window of {window} tokens is too short; give a longer --window")
     encoded = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     body = torch.tensor(encoded[: len(encoded) // length * length], dtype=torch.long)
     if not body.numel():

@@ -7,6 +7,8 @@ A solver is a module with ``STRUCTURES``, the spec types it fits; ``USES_SECOND_
 
 from __future__ import annotations
 
+import inspect
+import math
 import time
 from types import ModuleType
 from typing import Any
@@ -91,6 +93,7 @@ def factorize(
             f"has {tuple(weight.shape)}"
         )
     name = choose_solver(spec, solver, weighted=second_moment is not None)
+    _check_options(name, options)
     problem = prepare(weight, second_moment)
     if problem.energy <= 0.0:
         solution = _zero_solution(spec, weight)
@@ -109,6 +112,13 @@ def factorize(
     )
 
 
+def _check_options(solver: str, options: dict[str, Any]) -> None:
+    known = list(inspect.signature(SOLVERS[solver].solve).parameters)[3:]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise FactorizationError(f"solver {solver!r} has no option {unknown[0]!r}; it has {known}")
+
+
 def _zero_solution(spec: Structure, weight: Tensor) -> Solution:
     """A weight that its inputs cannot tell from zero has exact zero factors."""
     zeros = {
@@ -120,8 +130,11 @@ def _zero_solution(spec: Structure, weight: Tensor) -> Solution:
 
 def _unscaled(factors: dict[str, Tensor], scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
     """Give the weight's scale back, shared among the factors so that none leaves its range."""
-    share = scale ** (1.0 / len(factors))
-    return {name: (f.double() * share).to(dtype).contiguous() for name, f in factors.items()}
+    exponent, count = round(math.log2(scale)), len(factors)
+    # Whole exponents keep the scaling exact: the first factors take one more than the last.
+    shares = [2.0 ** ((exponent + index) // count) for index in range(count)]
+    pairs = zip(factors.items(), shares, strict=True)
+    return {name: (f.double() * share).to(dtype).contiguous() for (name, f), share in pairs}
 
 
 __all__ = [

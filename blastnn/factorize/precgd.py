@@ -103,12 +103,7 @@ def _solve(G: Tensor, delta: float, right: Tensor) -> Tensor:
     shifted.diagonal(dim1=-2, dim2=-1).add_(delta)
     factor, info = torch.linalg.cholesky_ex(shifted)
     if bool(info.any()):
-        # float32 lost definiteness at a tiny delta; the next larger float keeps the step literal.
-        factor = torch.linalg.cholesky(shifted.double() + 1e-12 * _mean_diagonal(shifted))
-        return torch.cholesky_solve(right.double(), factor).to(right)
+        # A singular normal matrix at a vanishing delta: the minimum-norm step is the limit.
+        inverse = torch.linalg.pinv(shifted.double(), hermitian=True, rtol=1e-12)
+        return (inverse @ right.double()).to(right)
     return torch.cholesky_solve(right, factor)
-
-
-def _mean_diagonal(G: Tensor) -> Tensor:
-    mean = G.diagonal(dim1=-2, dim2=-1).mean(-1).double()[..., None, None]
-    return mean * torch.eye(G.shape[-1], dtype=torch.float64, device=G.device)

@@ -128,7 +128,8 @@ def _open_shard(path: Path) -> Any:
 
 def _shards(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
-        mapping = read_json(folder / INDEX).get("weight_map")
+        index = read_json(folder / INDEX)
+        mapping = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(mapping, dict) or not mapping:
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
         return sorted({_plain_name(folder, str(file)) for file in mapping.values()})

@@ -125,10 +125,14 @@ def rank_for_budget(
 
 
 def seeded_normal(
-    shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device | str
+    shape: tuple[int, ...], seed: int, stream: int, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
     """Standard normal numbers that depend on the seed alone, not on the device or dtype."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+    return torch.randn(shape, generator=generator(seed, stream)).to(device=device, dtype=dtype)
+
+
+def generator(seed: int, stream: int) -> torch.Generator:
+    """A generator for one factor; neighbouring seeds share no numbers between factors."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + stream)

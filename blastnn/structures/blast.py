@@ -19,6 +19,7 @@ from blastnn.errors import StructureError
 from blastnn.structures.base import (
     Factors,
     Structure,
+    generator,
     rank_for_budget,
     require_positive_int,
     seeded_normal,
@@ -99,9 +100,9 @@ class Blast(Structure):
         shapes = self.factor_shapes()
         std = (3.0 / (4.0 * self.rank * self.in_features)) ** 0.25
         return {
-            "U": std * seeded_normal(shapes["U"], seed, dtype, device),
-            "S": _uniform(shapes["S"], seed + 1, dtype, device),
-            "V": std * seeded_normal(shapes["V"], seed + 2, dtype, device),
+            "U": std * seeded_normal(shapes["U"], seed, 0, dtype, device),
+            "S": _uniform(shapes["S"], seed, 1, dtype, device),
+            "V": std * seeded_normal(shapes["V"], seed, 2, dtype, device),
         }
 
     @classmethod
@@ -126,7 +127,7 @@ def _few_tokens(columns: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     """Algorithm 1 as in the paper's Figure 8: the coupling by broadcasting. ``(T, b2, q)`` in."""
     z = torch.bmm(columns.transpose(0, 1), V)  # (b2, T, r)
     w = (z.unsqueeze(0) * S.unsqueeze(2)).sum(1)  # (b1, T, r)
-    return torch.bmm(w, U.mT).transpose(0, 1).reshape(columns.shape[0], -1)
+    return torch.bmm(w, U.mT).transpose(0, 1).reshape(columns.shape[0], U.shape[0] * U.shape[1])
 
 
 def _many_tokens(columns: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def _many_tokens(columns: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     z = torch.bmm(V.mT, columns.permute(1, 2, 0))  # (b2, r, T)
     w = torch.bmm(S.permute(2, 0, 1), z.transpose(0, 1))  # (r, b1, T)
     y = torch.bmm(U, w.transpose(0, 1))  # (b1, p, T)
-    return y.reshape(-1, columns.shape[0]).T
+    return y.reshape(U.shape[0] * U.shape[1], columns.shape[0]).T
 
 
 def _pad_last(x: Tensor, size: int) -> Tensor:
@@ -143,20 +144,19 @@ def _pad_last(x: Tensor, size: int) -> Tensor:
 
 
 def _uniform(
-    shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device | str
+    shape: tuple[int, ...], seed: int, stream: int, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
     """Uniform numbers on (0, 2) that depend on the seed alone."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
-    generator = torch.Generator().manual_seed(seed)
-    return (2 * torch.rand(shape, generator=generator)).to(device=device, dtype=dtype)
+    return (2 * torch.rand(shape, generator=generator(seed, stream))).to(device=device, dtype=dtype)
 
 
 def _pair(blocks: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     """``b`` or ``(b1, b2)`` as a checked pair."""
-    pair = (blocks, blocks) if isinstance(blocks, int) else tuple(blocks)
-    if len(pair) != 2:
+    pair = (blocks, blocks) if isinstance(blocks, int) else blocks
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise StructureError(f"blocks must be one number or a pair (b1, b2), but is {blocks!r}")
     for value in pair:
         require_positive_int("blocks", value)
-    return pair
+    return pair[0], pair[1]

@@ -51,7 +51,7 @@ class LowRank(Structure):
         """``U, V ~ N(0, 1 / sqrt(n r))`` in variance, so that the product has variance 1/n."""
         std = (1.0 / (self.in_features * self.rank)) ** 0.25
         return {
-            name: std * seeded_normal(shape, seed + i, dtype, device)
+            name: std * seeded_normal(shape, seed, i, dtype, device)
             for i, (name, shape) in enumerate(self.factor_shapes().items())
         }
 

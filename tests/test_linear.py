@@ -1,0 +1,215 @@
+"""``StructuredLinear``: the one module, for every registered structure."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blastnn.errors import FactorizationError, StructureError
+from blastnn.linear import StructuredLinear
+from blastnn.structures import STRUCTURES, Structure
+
+SPECS = [structure.for_budget(22, 26, 22 * 26 // 2) for structure in STRUCTURES.values()]
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
+with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+
+
+def inputs(spec: Structure, tokens: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, tokens, spec.in_features, generator=generator).to(dtype)
+
+
+def with_random_bias(layer: StructuredLinear) -> StructuredLinear:
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+@every_spec
+@with_and_without_bias
+def test_parameters_are_named_as_the_factors(spec, bias):
+    layer = StructuredLinear(spec, bias=bias)
+    shapes = {name: tuple(value.shape) for name, value in layer.named_parameters()}
+    expected = spec.factor_shapes() | ({"bias": (spec.out_features,)} if bias else {})
+    assert shapes == expected
+    assert (layer.out_features, layer.in_features) == (spec.out_features, spec.in_features)
+    assert all(layer.factors[name] is layer.get_parameter(name) for name in spec.factor_shapes())
+    assert str(spec) in repr(layer)
+
+
+@every_spec
+@with_and_without_bias
+@pytest.mark.parametrize("tokens", [2, 30])
+def test_forward_is_that_of_the_dense_layer(spec, bias, tokens):
+    layer = with_random_bias(StructuredLinear(spec, bias=bias))
+    x = inputs(spec, tokens)
+    expected = nn.functional.linear(x, layer.to_dense(), layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@every_spec
+@pytest.mark.parametrize("tokens", [2, 30])
+def test_gradients_reach_the_input_and_every_parameter(spec, tokens):
+    layer = with_random_bias(StructuredLinear(spec))
+    x = inputs(spec, tokens).requires_grad_()
+    layer(x).square().sum().backward()
+    for name, value in [("input", x), *layer.named_parameters()]:
+        assert value.grad is not None, name
+        assert value.grad.isfinite().all(), name
+        assert value.grad.abs().max() > 0, name
+
+
+@every_spec
+def test_training_fits_a_target(spec):
+    torch.manual_seed(0)
+    layer, teacher = StructuredLinear(spec), StructuredLinear(spec)
+    x = inputs(spec, 40)
+    target = teacher(x).detach()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.mse_loss(layer(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@every_spec
+def test_initialisation_follows_the_generator_of_torch(spec):
+    layers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        layers.append(StructuredLinear(spec))
+    once, again, other = layers
+    assert torch.equal(once.to_dense(), again.to_dense())
+    assert not torch.equal(once.to_dense(), other.to_dense())
+    assert not once.bias.any()
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype(spec, dtype):
+    layer = StructuredLinear(spec, dtype=dtype)
+    assert {value.dtype for value in layer.parameters()} == {dtype}
+    assert layer(inputs(spec, dtype=dtype)).dtype == dtype
+    assert layer.float()(inputs(spec)).dtype == torch.float32
+
+
+@every_spec
+@with_and_without_bias
+def test_meta_device_and_back(spec, bias):
+    layer = StructuredLinear(spec, bias=bias, device="meta")
+    assert all(value.is_meta for value in layer.parameters())
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer(inputs(spec)).isfinite().all()
+
+
+@every_spec
+@with_and_without_bias
+def test_state_dict_round_trip(spec, bias):
+    layer = with_random_bias(StructuredLinear(spec, bias=bias))
+    other = StructuredLinear(spec, bias=bias)
+    assert set(layer.state_dict()) == {*spec.factor_shapes(), *(["bias"] if bias else [])}
+    assert not torch.equal(other(inputs(spec)), layer(inputs(spec)))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(inputs(spec)), layer(inputs(spec)))
+    empty = StructuredLinear(spec, bias=bias, device="meta")
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(empty(inputs(spec)), layer(inputs(spec)))
+
+
+@every_spec
+def test_a_copy_is_independent(spec):
+    layer = StructuredLinear(spec)
+    twin = copy.deepcopy(layer)
+    before = layer.to_dense().clone()
+    with torch.no_grad():
+        for value in twin.parameters():
+            value.add_(1.0)
+    assert torch.equal(layer.to_dense(), before)
+
+
+@every_spec
+@with_and_without_bias
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_linear(spec, bias, dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(spec.in_features, spec.out_features, bias=bias, dtype=dtype)
+    layer = StructuredLinear.from_linear(linear, spec)
+    assert {value.dtype for value in layer.parameters()} == {dtype}
+    assert all(value.requires_grad for value in layer.parameters())
+    error = (layer.to_dense() - linear.weight).norm() / linear.weight.norm()
+    assert error.item() < 0.7
+    assert (layer.bias is None) == (not bias)
+    if bias:
+        assert torch.equal(layer.bias, linear.bias)
+        assert layer.bias.data_ptr() != linear.bias.data_ptr()
+    with torch.no_grad():
+        nn.init.zeros_(linear.weight)
+    assert layer.to_dense().any()
+
+
+@every_spec
+def test_from_linear_passes_options_on(spec):
+    torch.manual_seed(0)
+    linear = nn.Linear(spec.in_features, spec.out_features)
+    x = torch.randn(100, spec.in_features) * torch.logspace(0, -2, spec.in_features)
+    moment = (x.T @ x / 100).double()
+    aware = StructuredLinear.from_linear(linear, spec, second_moment=moment)
+    blind = StructuredLinear.from_linear(linear, spec)
+    errors = [float((layer(x) - linear(x)).norm()) for layer in (aware, blind)]
+    assert errors[0] < errors[1]
+    with pytest.raises(FactorizationError, match="none such"):
+        StructuredLinear.from_linear(linear, spec, solver="none such")
+
+
+@every_spec
+def test_from_linear_of_another_size_is_refused(spec):
+    with pytest.raises(FactorizationError, match=str(spec.in_features)):
+        StructuredLinear.from_linear(nn.Linear(spec.in_features + 1, spec.out_features), spec)
+
+
+@every_spec
+@with_and_without_bias
+def test_from_factors_holds_the_very_tensors(spec, bias):
+    factors = spec.init(seed=3)
+    offset = torch.randn(spec.out_features) if bias else None
+    layer = StructuredLinear.from_factors(spec, factors, offset)
+    assert all(layer.factors[name].data_ptr() == f.data_ptr() for name, f in factors.items())
+    expected = nn.functional.linear(inputs(spec), spec.to_dense(factors), offset)
+    torch.testing.assert_close(layer(inputs(spec)), expected, rtol=1e-5, atol=1e-5)
+    assert not any(value.is_meta for value in layer.parameters())
+
+
+@every_spec
+def test_from_factors_refuses_other_names_or_shapes(spec):
+    factors = spec.init()
+    first = next(iter(factors))
+    for wrong in (
+        {},
+        {key: f for key, f in factors.items() if key != first},
+        {**factors, "extra": torch.ones(2)},
+        {**factors, first: factors[first][..., :-1]},
+        {**factors, first: factors[first].flatten()},
+    ):
+        with pytest.raises(StructureError, match=first):
+            StructuredLinear.from_factors(spec, wrong)
+
+
+@every_spec
+@pytest.mark.parametrize("size", [1, 21])
+def test_from_factors_refuses_a_bias_of_another_size(spec, size):
+    with pytest.raises(StructureError, match="bias"):
+        StructuredLinear.from_factors(spec, spec.init(), torch.ones(size))
+
+
+@every_spec
+def test_input_of_another_width_is_refused(spec):
+    with pytest.raises(StructureError, match=str(spec.in_features)):
+        StructuredLinear(spec)(torch.ones(3, spec.in_features + 1))
