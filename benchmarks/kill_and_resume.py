@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-OPTIONS = ["--calibration-tokens", "2048", "--sweeps", "2", "--resume", "--keep", "0.8"]
+OPTIONS = ["--calibration-tokens", "2048", "--sweeps", "1", "--resume", "--keep", "0.8"]
 TEXTS = ["--calibration", "demo:wiki-calibration", "--calibration", "demo:c4-calibration"]
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from blastnn.models.demo import prepare_model
 
-OPTIONS = ["--calibration-tokens", "2048", "--sweeps", "2"]
-TEXTS = ["--calibration", "demo:wiki-calibration", "--calibration", "demo:c4-calibration"]
+OPTIONS = ["--calibration-tokens", "1024", "--sweeps", "1"]
+TEXTS = ["--calibration", "demo:wiki-calibration"]
 
 
 def deepen(source: Path, target: Path, times: int) -> Path:
