@@ -6,6 +6,7 @@ calibration text before it; never the model.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import time
@@ -290,6 +291,10 @@ class _Run:
         journal.records += outcome.records
         journal.add_seconds("other", time.perf_counter() - started)
         journal.finish_part(streams, check)
+        # Copied blocks and stopped forward passes are reference cycles, and too few objects are
+        # made here for the collector to start by itself: without this, blocks pile up.
+        del dense, outcome
+        gc.collect()
         return check
 
     def _head(self, trace: Trace, streams: Streams | None) -> StructuredLinear:
