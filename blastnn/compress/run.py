@@ -6,7 +6,6 @@ calibration text before it; never the model.
 
 from __future__ import annotations
 
-import gc
 import math
 import shutil
 import time
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from blastnn.compress.block import BlockCompressor, LayerRecord, Streams, fit_layer
 from blastnn.compress.journal import Journal, Lock
-from blastnn.compress.memory_use import PeakMemory
+from blastnn.compress.memory_use import PeakMemory, give_memory_back
 from blastnn.compress.moments import MomentSum
 from blastnn.compress.options import DTYPES, Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan, plan_from_file
@@ -291,10 +290,8 @@ class _Run:
         journal.records += outcome.records
         journal.add_seconds("other", time.perf_counter() - started)
         journal.finish_part(streams, check)
-        # Copied blocks and stopped forward passes are reference cycles, and too few objects are
-        # made here for the collector to start by itself: without this, blocks pile up.
         del dense, outcome
-        gc.collect()
+        give_memory_back()
         return check
 
     def _head(self, trace: Trace, streams: Streams | None) -> StructuredLinear:
