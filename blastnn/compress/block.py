@@ -49,6 +49,11 @@ class Streams:
         """Whether the two models still agree because nothing before was compressed."""
         return self.compressed is self.dense
 
+    def part(self) -> None:
+        """Let the two move apart from here on; the tensors so far stay shared."""
+        if self.equal:
+            self.compressed = list(self.dense)
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -110,7 +115,9 @@ class BlockCompressor:
         groups = self._groups(dense, calls, wanted, streams)
         solving = 0.0
         for group in groups:
-            moments = self._moments(dense, block, calls, group, streams)
+            # A block called once has its dense output for nothing while its last group is read.
+            advance = group is groups[-1] and len(calls) == 1
+            moments = self._moments(dense, block, calls, group, streams, advance)
             for kind in group.layers:
                 records[kind] = self._replace(block, by_kind[kind], moments)
                 solving += records[kind].seconds or 0.0
@@ -120,7 +127,8 @@ class BlockCompressor:
                 records[kind] = LayerRecord(by_kind[kind].name, "kept", UNREACHED)
                 self.on_layer(by_kind[kind], records[kind])
         if streams is not None:
-            self._advance(dense, block, calls, streams)
+            moved = bool(groups) and len(calls) == 1
+            self._advance(dense, block, calls, streams, dense_moved=moved)
         forward = time.perf_counter() - start - solving
         return BlockOutcome(block, [records[p.kind] for p in plans], solving, forward)
 
@@ -138,20 +146,26 @@ class BlockCompressor:
         calls: Sequence[Call],
         group: InputGroup,
         streams: Streams | None,
+        advance: bool,
     ) -> Moments | None:
         """Moments of a group's inputs; of the dense ones alone where a block is called again.
 
         A block that is called several times feeds itself: what it will see depends on its own,
-        not yet known, factors.
+        not yet known, factors. With ``advance`` the dense stream is moved past the block as well.
         """
         if streams is None:
             return None
         total = MomentSum()
-        repeated = len(calls) > 1
-        for original, current in zip(streams.dense, streams.compressed, strict=True):
-            x = layer_inputs(dense, calls, original, group)
-            same = repeated or (streams.equal and self._untouched(block))
-            total.add(x) if same else total.add(layer_inputs(block, calls, current, group), x)
+        same = len(calls) > 1 or (streams.equal and self._untouched(block))
+        if advance:
+            streams.part()
+        for index, (original, current) in enumerate(
+            zip(streams.dense, streams.compressed, strict=True)
+        ):
+            x, output = layer_inputs(dense, calls, original, group, to_end=advance)
+            if output is not None:
+                streams.dense[index] = output
+            total.add(*((x,) if same else (layer_inputs(block, calls, current, group)[0], x)))
         return total.finish(group.layers[0])
 
     @staticmethod
@@ -172,16 +186,21 @@ class BlockCompressor:
 
     @staticmethod
     def _advance(
-        dense: nn.Module, block: nn.Module, calls: Sequence[Call], streams: Streams
+        dense: nn.Module,
+        block: nn.Module,
+        calls: Sequence[Call],
+        streams: Streams,
+        dense_moved: bool,
     ) -> None:
-        changed = not BlockCompressor._untouched(block)
-        if streams.equal and changed:
-            streams.compressed = list(streams.dense)
+        """Move both streams past the block; the dense one unless ``dense_moved`` says it is."""
+        if not BlockCompressor._untouched(block):
+            streams.part()
         for index, hidden in enumerate(streams.dense):
             if not streams.equal:
                 current = streams.compressed[index]
                 streams.compressed[index] = run_calls(block, calls, current)
-            streams.dense[index] = run_calls(dense, calls, hidden)
+            if not dense_moved:
+                streams.dense[index] = run_calls(dense, calls, hidden)
 
 
 def fit_layer(

@@ -107,19 +107,27 @@ def run_calls(block: nn.Module, calls: Sequence[Call], hidden: Tensor) -> Tensor
 
 
 def layer_inputs(
-    block: nn.Module, calls: Sequence[Call], hidden: Tensor, group: InputGroup
-) -> Tensor:
-    """The inputs ``(tokens, n)`` of a group's layers; stops the block as soon as it has them."""
+    block: nn.Module,
+    calls: Sequence[Call],
+    hidden: Tensor,
+    group: InputGroup,
+    to_end: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The inputs ``(tokens, n)`` of a group's layers, and the block's output if run ``to_end``.
+
+    Unless ``to_end``, the block is stopped as soon as the inputs are there.
+    """
     found: list[Tensor] = []
+    output = None
 
     def take(_: str, x: Tensor) -> None:
         found.append(x.reshape(-1, x.shape[-1]))
-        if len(found) == group.calls:
+        if len(found) == group.calls and not to_end:
             raise StopForward(x)
 
     with _Listener(block, [group.layers[0]], take), suppress(StopForward):
-        run_calls(block, calls, hidden)
-    return torch.cat(found) if len(found) > 1 else found[0]
+        output = run_calls(block, calls, hidden)
+    return torch.cat(found) if len(found) > 1 else found[0], output
 
 
 class _Listener:
