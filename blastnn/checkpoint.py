@@ -78,7 +78,7 @@ def check_factors(specs: Mapping[str, Structure], tensors: TensorFolder, prefix:
         CheckpointError: names the tensor that is missing or misshapen.
     """
     for layer, spec in specs.items():
-        for factor, shape in spec.factor_shapes().items():
+        for factor, shape in spec.tensor_shapes().items():
             name = f"{layer}.{factor}"
             candidates = (name, name.removeprefix(prefix), prefix + name)
             stored = next((c for c in candidates if c in tensors), None)

@@ -15,6 +15,8 @@ from blastnn.structures import Factors, Structure
 class StructuredLinear(nn.Module):
     """``y = A x + bias`` with ``A`` given by ``spec``; its parameters are named as the factors.
 
+    Index factors are buffers.
+
     Args:
         spec: the structure of the weight.
         bias: whether to add a learned bias of shape ``(out_features,)``.
@@ -35,6 +37,8 @@ class StructuredLinear(nn.Module):
             self.register_parameter(
                 name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             )
+        for name, shape in spec.index_shapes().items():
+            self.register_buffer(name, torch.zeros(shape, device=device, dtype=torch.int64))
         if bias:
             self.bias = nn.Parameter(torch.empty(spec.out_features, device=device, dtype=dtype))
         else:
@@ -48,14 +52,14 @@ class StructuredLinear(nn.Module):
             return
         seed = int(torch.randint(2**31, ()).item())
         for name, value in self.spec.init(seed=seed).items():
-            self.get_parameter(name).copy_(value)
+            self.factors[name].copy_(value)
         if self.bias is not None:
             self.bias.zero_()
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """The factors by name; the parameters themselves, not copies."""
-        return {name: self.get_parameter(name) for name in self.spec.factor_shapes()}
+        """The factors by name; the parameters and buffers themselves, not copies."""
+        return {name: getattr(self, name) for name in self.spec.tensor_shapes()}
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
@@ -82,7 +86,7 @@ class StructuredLinear(nn.Module):
             )
         layer = cls(spec, bias=bias is not None, device="meta")
         for name, value in factors.items():
-            setattr(layer, name, nn.Parameter(value))
+            setattr(layer, name, nn.Parameter(value) if value.is_floating_point() else value)
         if bias is not None:
             layer.bias = nn.Parameter(bias)
         return layer

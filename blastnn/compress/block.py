@@ -30,6 +30,7 @@ from blastnn.factorize import SOLVERS, choose_solver, factorize, prepare, shifte
 from blastnn.linear import StructuredLinear
 from blastnn.models.linears import dense_weight
 from blastnn.models.walk import Call
+from blastnn.structures import cast_factors
 
 UNREACHED = "the calibration text never reached it"
 
@@ -226,7 +227,7 @@ def fit_layer(
     extra = {"sweeps": options.sweeps} if solver == "als" else {}
     seen = None if data_free else second
     result = factorize(target, plan.spec, seen, solver, options.seed, dtype, **extra)
-    factors = {name: factor.float() for name, factor in result.factors.items()}
+    factors = cast_factors(result.factors, torch.float32)
     bias = getattr(old, "bias", None)
     layer = StructuredLinear.from_factors(
         plan.spec, factors, None if bias is None else bias.detach().clone()

@@ -20,7 +20,7 @@ from blastnn.errors import FactorizationError
 from blastnn.factorize import als, precgd, svd
 from blastnn.factorize.problem import Problem, prepare, shifted_target
 from blastnn.factorize.result import FactorizationResult, Solution
-from blastnn.structures import STRUCTURES, Structure
+from blastnn.structures import STRUCTURES, Structure, cast_factors
 
 SOLVERS: dict[str, ModuleType] = {
     "als": als,
@@ -99,8 +99,8 @@ def factorize(
         solution = _zero_solution(spec, weight)
     else:
         solution = SOLVERS[name].solve(problem, spec, seed, **options)
-    factors = _unscaled(solution.factors, problem.scale, dtype or weight.dtype)
-    dense = spec.to_dense({k: v.double() for k, v in factors.items()}) / problem.scale
+    factors = _unscaled(solution.factors, spec, problem.scale, dtype or weight.dtype)
+    dense = spec.to_dense(cast_factors(factors, torch.float64)) / problem.scale
     return FactorizationResult(
         factors=factors,
         relative_error=problem.relative_error(dense),
@@ -122,19 +122,18 @@ def _check_options(solver: str, options: dict[str, Any]) -> None:
 def _zero_solution(spec: Structure, weight: Tensor) -> Solution:
     """A weight that its inputs cannot tell from zero has exact zero factors."""
     zeros = {
-        name: torch.zeros(shape, device=weight.device)
-        for name, shape in spec.factor_shapes().items()
+        name: torch.zeros_like(factor) if factor.is_floating_point() else factor
+        for name, factor in spec.init(device=weight.device).items()
     }
     return Solution(zeros, [(0.0, 0.0)], "exact: the weight is zero on its inputs")
 
 
-def _unscaled(factors: dict[str, Tensor], scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Give the weight's scale back, shared among the factors so that none leaves its range."""
-    exponent, count = round(math.log2(scale)), len(factors)
-    # Whole exponents keep the scaling exact: the first factors take one more than the last.
-    shares = [2.0 ** ((exponent + index) // count) for index in range(count)]
-    pairs = zip(factors.items(), shares, strict=True)
-    return {name: (f.double() * share).to(dtype).contiguous() for (name, f), share in pairs}
+def _unscaled(
+    factors: dict[str, Tensor], spec: Structure, scale: float, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Give the weight's scale, a power of two, back to the factors."""
+    exact = spec.scaled(cast_factors(factors, torch.float64), round(math.log2(scale)))
+    return {name: f.contiguous() for name, f in cast_factors(exact, dtype).items()}
 
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blastnn.errors import StructureError
-from blastnn.structures.base import Factors, Structure
+from blastnn.structures.base import Factors, Structure, cast_factors
 from blastnn.structures.blast import Blast
 from blastnn.structures.lowrank import LowRank
 
@@ -37,7 +37,7 @@ def spec_from_json(values: Mapping[str, Any]) -> Structure:
     arguments = {key: value for key, value in values.items() if key != "structure"}
     structure = structure_named(values["structure"])
     try:
-        return structure(**arguments)
+        return structure.from_json(arguments, spec_from_json)
     except TypeError as error:
         raise StructureError(f"{dict(values)!r} does not describe a matrix: {error}") from error
 
@@ -48,6 +48,7 @@ __all__ = [
     "Factors",
     "LowRank",
     "Structure",
+    "cast_factors",
     "spec_from_json",
     "structure_named",
 ]

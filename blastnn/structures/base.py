@@ -7,8 +7,13 @@ conformance suite holds every registered structure to:
 1. ``matmul(x, f) == x @ to_dense(f).T`` for every dtype, device, batch shape and memory layout,
    and so do the gradients.
 2. ``num_params == sum(prod(shape) for shape in factor_shapes().values())``.
-3. ``for_budget(m, n, k).num_params <= k``, and one more step of rank would exceed ``k``.
+3. ``for_budget(m, n, k).num_params <= k``, and the next ``larger`` spec would exceed ``k``.
 4. ``from_json(to_json()) == self``.
+5. ``to_dense(scaled(f, e)) == 2**e * to_dense(f)``.
+
+Most structures have floating-point factors alone. Those whose numbers stand at free places also
+have *index factors*: integer tensors that say where, which are stored and moved with the others but
+never trained, cast or counted as parameters.
 
 Shape letters: ``m`` out_features, ``n`` in_features, ``r`` rank, ``T`` tokens.
 """
@@ -17,8 +22,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -31,11 +36,18 @@ Factors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Structure(ABC):
-    """A structured ``(out_features, in_features)`` matrix, described without its numbers."""
+    """A structured ``(out_features, in_features)`` matrix, described without its numbers.
+
+    Attributes:
+        name: under which it is registered.
+        example_options: sets of ``for_budget`` options that the conformance suites try; sets that
+            do not fit a matrix are passed over for it, so the first should fit every one.
+    """
 
     out_features: int
     in_features: int
     name: ClassVar[str]
+    example_options: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     def __post_init__(self) -> None:
         for field in ("out_features", "in_features"):
@@ -43,7 +55,11 @@ class Structure(ABC):
 
     @abstractmethod
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every factor, in the order in which they are stored."""
+        """The shape of every floating-point factor, in the order in which they are stored."""
+
+    def index_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every index factor (int64); most structures have none."""
+        return {}
 
     @abstractmethod
     def matmul(self, x: Tensor, factors: Factors) -> Tensor:
@@ -74,10 +90,33 @@ class Structure(ABC):
             StructureError: not even the smallest rank fits.
         """
 
+    def larger(self, step: int = 1) -> Self | None:
+        """The next larger spec that ``for_budget`` would consider; None where there is none."""
+        changed: dict[str, Any] = {"rank": vars(self)["rank"] + step}
+        return replace(self, **changed)
+
+    def scaled(self, factors: Factors, exponent: int) -> dict[str, Tensor]:
+        """Factors of ``2**exponent`` times the matrix; a power of two changes no digit.
+
+        Here for a matrix that is linear in each factor: they share the exponent, so that none
+        leaves its range.
+        """
+        count = len(self.factor_shapes())
+        shares = {key: (exponent + i) // count for i, key in enumerate(self.factor_shapes())}
+        return {
+            key: factor * 2.0 ** shares[key] if key in shares else factor
+            for key, factor in factors.items()
+        }
+
     @property
     def num_params(self) -> int:
-        """How many numbers the factors hold; also the multiplications per token."""
+        """How many floating-point numbers the factors hold."""
         return sum(math.prod(shape) for shape in self.factor_shapes().values())
+
+    @property
+    def num_multiplications(self) -> int:
+        """Multiplications per token; each parameter is used once unless a structure says more."""
+        return self.num_params
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON values, with the structure's registered name."""
@@ -85,9 +124,20 @@ class Structure(ABC):
         plain = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
         return {"structure": self.name, **plain}
 
+    @classmethod
+    def from_json(
+        cls, values: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Structure]
+    ) -> Self:
+        """The spec of ``to_json``'s values without the name; ``read`` is for specs inside it."""
+        return cls(**values)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all factors, index factors last: everything that is stored."""
+        return {**self.factor_shapes(), **self.index_shapes()}
+
     def check(self, factors: Factors) -> None:
         """Raise StructureError unless ``factors`` has exactly the names and shapes of this spec."""
-        expected = self.factor_shapes()
+        expected = self.tensor_shapes()
         given = {name: tuple(tensor.shape) for name, tensor in factors.items()}
         if given != expected:
             raise StructureError(
@@ -102,6 +152,11 @@ class Structure(ABC):
                 f"the input of {self} must have the shape (..., {self.in_features}), but has "
                 f"{tuple(x.shape)}"
             )
+
+
+def cast_factors(factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors in another floating-point dtype; index factors as they are."""
+    return {k: f.to(dtype) if f.is_floating_point() else f for k, f in factors.items()}
 
 
 def require_positive_int(field: str, value: object) -> None:

@@ -37,6 +37,13 @@ class Blast(Structure):
     rank: int
     blocks: tuple[int, int]
     name: ClassVar[str] = "blast"
+    example_options = (
+        {"blocks": (1, 1)},
+        {"blocks": (2, 2)},
+        {"blocks": (3, 2)},
+        {"blocks": (2, 5)},
+        {"blocks": (5, 7)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
