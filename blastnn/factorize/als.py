@@ -1,36 +1,35 @@
-r"""Our solver: extrapolated block coordinate descent with exact steps, data-free or data-aware.
+r"""Our solver: extrapolated, over-relaxed block coordinate descent, data-free or data-aware.
 
-``minimise f = tr(A^ C A^^T) - 2 tr(Y A^^T) + const``, ``Y = A C``, over BLAST matrices ``A^``
-(``C = I`` without data). One *sweep* solves for each block of unknowns exactly, in turn:
+Minimises ``|| (A - A^) L ||^2`` over BLAST ``A^``, with ``L L^T = C``, or ``L = I`` without data.
+One *sweep* solves for each block of unknowns in turn (``als_free.py`` without data,
+``als_weighted.py`` with) and goes ``omega`` times as far as the exact solution. It is applied to a
+point extrapolated beyond the last two, the classical momentum of fixed-point maps; whenever
+the error would rise, momentum is dropped for one sweep, and if it still rises, over-relaxation
+and ridge too. The last sweep is exact. No result is worse than the start.
 
-- ``V_j``, one block column after the other, since ``C`` couples them:
-  ``C_jj V_j H_jj = Y_j^T Ubar_j - sum_{k != j} C_jk V_k H_kj`` with
-  ``H_kj = sum_i (s_ik s_ij^T) * (U_i^T U_i)``;
-- ``s_ij``, likewise over ``j``: ``W_ij = (U_i^T U_i) * M_jj`` with ``M_jk = V_j^T C_jk V_k``;
-- ``U_i``, all at once: ``U_i G_i = R_i`` with ``G_i = sum_jk (s_ij s_ik^T) * M_jk``.
+The start is a (whitened) low-rank factorisation by randomised range finding, cut into blocks, with
+``S = 1 + noise``: with equal couplings the blocks would move as one.
 
-No step forms ``A^`` or a residual, and nothing of size ``b1 b2 r^2`` is held unless it is small.
-Exact sweeps never increase ``f`` but crawl; the sweep is therefore applied to a point extrapolated
-beyond the last two, the classical momentum of fixed-point maps, which is dropped for one sweep
-whenever ``f`` would rise. What is returned never has a larger ``f`` than the start: whitened SVD
-with ``S = 1``, whose couplings are disturbed to let the blocks part.
-
-Letters: ``i`` block row, ``j k`` block columns, ``p q`` rows and columns of a block, ``r t`` rank.
+Several problems of one spec and dtype are solved in one call, each with its own momentum; their
+arithmetic is batched, which a GPU needs to be busy.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from blastnn.factorize.als_sweep import BlockProblem, State
+from blastnn.factorize.als_free import FreeSweep
+from blastnn.factorize.als_state import SMALLEST_RIDGE, State, Sweeper, ridge_for
+from blastnn.factorize.als_weighted import WeightedSweep
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
-from blastnn.factorize.svd import whitened_svd
+from blastnn.factorize.svd import nearly_optimal_low_rank, whitened_svd
 from blastnn.structures import Blast, Structure
 
 STRUCTURES = (Blast,)
@@ -43,10 +42,13 @@ class Schedule:
 
     ``momentum`` grows from ``momentum_start`` by ``momentum_growth`` a sweep to ``momentum_end``;
     growing it matters: a constant 0.9 from the start is worse than none for ten sweeps.
+    ``omega`` is the over-relaxation; what exceeds 1 shrinks with the error: close to a solution
+    momentum alone is faster (docs/log.md).
     ``tolerance`` is the relative fall of the error over ten sweeps below which it stops.
     """
 
     sweeps: int = 40
+    omega: float = 1.3
     momentum_start: float = 0.3
     momentum_growth: float = 0.1
     momentum_end: float = 0.9
@@ -55,98 +57,151 @@ class Schedule:
 
 
 def solve(problem: Problem, spec: Structure, seed: int, sweeps: int = Schedule.sweeps) -> Solution:
-    """Factorise into BLAST; ``seed`` draws the disturbance of the couplings at the start."""
-    start = time.perf_counter()
+    """Factorise into BLAST; ``seed`` draws the range finder's and the couplings' noise."""
+    return solve_many([problem], spec, seed, sweeps)[0]
+
+
+def solve_many(
+    problems: Sequence[Problem], spec: Structure, seed: int, sweeps: int = Schedule.sweeps
+) -> list[Solution]:
+    """Factorise several matrices of one shape, all with or all without a second moment."""
+    clock = time.perf_counter()
     assert isinstance(spec, Blast)
+    if spec.rank >= min(spec.out_features, spec.in_features):
+        return [_exact(problem, spec, clock) for problem in problems]
     schedule = Schedule(sweeps=sweeps)
-    blocks = BlockProblem.build(problem, spec)
-    spectral = _spectral_start(problem, spec)
-    history = [(time.perf_counter() - start, blocks.error(spectral))]
-    if history[0][1] == 0.0 or spec.rank >= min(problem.weight.shape):
-        # The rank alone represents the matrix: low rank is already exact.
-        return Solution(_as_dict(_balanced(spectral)), history, "exact: full rank")
-    disturbed = _disturbed(spectral, schedule.coupling_noise, seed)
-    clock = _Clock(start, history)
-    best, status = _iterate(blocks, disturbed, schedule, clock)
-    if min(error for _, error in history) == history[0][1]:
-        best, status = spectral, f"{status}; kept the whitened SVD it started from"
-    return Solution(_as_dict(_balanced(best)), history, status, blocks.notes)
+    weighted = problems[0].moment is not None
+    sweeper: Sweeper = (WeightedSweep if weighted else FreeSweep)(problems, spec)
+    start = _spectral_start(problems, spec, seed)
+    run = _Run(sweeper, start, clock)
+    if bool((run.best_error > 0.0).any()):
+        run.iterate(_disturbed(start, schedule.coupling_noise, seed), schedule)
+    return run.solutions(_balanced)
 
 
-@dataclass
-class _Clock:
-    """Appends (seconds, error) pairs to a history."""
+class _Run:
+    """The iteration over a batch: the best states so far, and each problem's history."""
 
-    start: float
-    history: list[tuple[float, float]]
+    def __init__(self, sweeper: Sweeper, start: State, clock: float) -> None:
+        self.sweeper, self.best, self.clock = sweeper, start, clock
+        self.best_error = self.start_error = sweeper.error(start)
+        self.history: list[list[tuple[float, float]]] = [[] for _ in self.best_error]
+        self.status = ["kept the low-rank start"] * len(self.best_error)
+        self._record(torch.ones_like(self.best_error, dtype=torch.bool), self.best_error)
 
-    def record(self, error: float) -> None:
-        self.history.append((time.perf_counter() - self.start, error))
+    def iterate(self, state: State, schedule: Schedule) -> None:
+        """Sweep until every problem has converged or the sweeps are used up."""
+        count, dtype = len(self.best_error), state.U.dtype
+        error = torch.full((count,), torch.inf, dtype=torch.float64)
+        ridge = ridge_for(self.best_error, dtype)
+        momentum = torch.zeros(count, dtype=torch.float64)
+        caution = torch.zeros(count, dtype=torch.int64)  # how often in a row the error rose
+        active = torch.ones(count, dtype=torch.bool)
+        omega = torch.full((count,), schedule.omega, dtype=torch.float64)
+        previous = state
+        for sweep in range(schedule.sweeps):
+            last = sweep == schedule.sweeps - 1
+            bold = (caution <= 1) & (not last)
+            floor = torch.full_like(ridge, SMALLEST_RIDGE[dtype])
+            candidate, found = self.sweeper.sweep(
+                state.extrapolate(previous, momentum * (not last)),
+                torch.where(bold, omega, 1.0),
+                torch.where(caution > 1, floor, ridge),
+            )
+            better = active & (found < error)
+            grown = (momentum + schedule.momentum_growth).clamp(max=schedule.momentum_end)
+            grown = torch.where(momentum > 0.0, grown, schedule.momentum_start)
+            momentum = torch.where(better & torch.isfinite(error), grown, 0.0)
+            caution = torch.where(better, 0, caution + 1)
+            progress = (error / self.start_error).clamp(max=1.0)
+            omega = 1.0 + (schedule.omega - 1.0) * progress
+            previous = state.where(better, previous)
+            state, error = candidate.where(better, state), torch.where(better, found, error)
+            ridge = torch.where(better, ridge_for(error, dtype), ridge)
+            self._keep(state, error)
+            self._record(active, error)
+            active &= self._goes_on(active, caution, schedule.tolerance)
+            if not bool(active.any()):
+                return
+        self._finish(active, f"ran its {schedule.sweeps} sweeps")
+
+    def _goes_on(
+        self, active: Tensor, caution: Tensor, tolerance: float, window: int = 10
+    ) -> Tensor:
+        """Which problems have not converged; sets the status of those that have."""
+        stuck = active & (caution > 2)
+        self._finish(stuck, "converged: exact sweeps no longer descend")
+        errors = [[error for _, error in history[1:]] for history in self.history]
+        stalled = torch.tensor(
+            [len(e) > window and e[-1 - window] - e[-1] <= tolerance * e[-1] for e in errors]
+        )
+        self._finish(active & stalled & ~stuck, "converged: the error no longer falls")
+        return ~(stuck | stalled)
+
+    def _keep(self, state: State, error: Tensor) -> None:
+        better = error < self.best_error
+        self.best = state.where(better, self.best)
+        self.best_error = torch.where(better, error, self.best_error)
+
+    def _record(self, active: Tensor, error: Tensor) -> None:
+        seconds = time.perf_counter() - self.clock
+        for index, (on, value) in enumerate(zip(active.tolist(), error.tolist(), strict=True)):
+            if on:
+                self.history[index].append((seconds, value))
+
+    def _finish(self, which: Tensor, text: str) -> None:
+        for index in which.nonzero().flatten().tolist():
+            kept = "; kept the low-rank start" if self._start_is_best(index) else ""
+            self.status[index] = text + kept
+
+    def _start_is_best(self, index: int) -> bool:
+        return float(self.best_error[index]) >= self.history[index][0][1]
+
+    def solutions(self, finish: Callable[[State], State]) -> list[Solution]:
+        """The best factors of each problem."""
+        best = finish(self.best)
+        return [
+            Solution(best.one(index), history, status, notes)
+            for index, (history, status, notes) in enumerate(
+                zip(self.history, self.status, self.sweeper.notes, strict=True)
+            )
+        ]
 
 
-def _iterate(
-    blocks: BlockProblem, state: State, schedule: Schedule, clock: _Clock
-) -> tuple[State, str]:
-    """Extrapolated sweeps with restart; returns the last accepted state, which is the best."""
-    previous: State | None = None
-    error, momentum = float("inf"), 0.0
-    errors: list[float] = []
-    for _ in range(schedule.sweeps):
-        start = state if previous is None else state.extrapolate(previous, momentum)
-        candidate, candidate_error = blocks.sweep(start)
-        if not candidate_error <= error:
-            if previous is None:
-                return state, "converged: exact sweeps no longer descend"
-            previous, momentum = None, 0.0
-            clock.record(error)
-            continue
-        momentum = _next_momentum(momentum, schedule, first=previous is None)
-        previous, state, error = state, candidate, candidate_error
-        clock.record(error)
-        errors.append(error)
-        if _stalled(errors, schedule.tolerance):
-            return state, "converged: the error no longer falls"
-    return state, f"ran its {schedule.sweeps} sweeps"
+def _exact(problem: Problem, spec: Blast, clock: float) -> Solution:
+    """The rank alone represents the matrix: low rank with ``S = 1`` is exact."""
+    P, Q, squared = whitened_svd(problem, spec.rank)
+    state = _balanced(_cut(P[None], Q[None], spec).to(problem.compute_dtype))
+    error = (squared / problem.energy) ** 0.5
+    history = [(time.perf_counter() - clock, error)]
+    return Solution(state.one(0), history, "exact: full rank")
 
 
-def _next_momentum(momentum: float, schedule: Schedule, first: bool) -> float:
-    grown = schedule.momentum_start if first else momentum + schedule.momentum_growth
-    return min(schedule.momentum_end, grown)
+def _spectral_start(problems: Sequence[Problem], spec: Blast, seed: int) -> State:
+    """Nearly optimal low rank cut into blocks, ``S = 1``."""
+    pairs = [nearly_optimal_low_rank(problem, spec.rank, seed) for problem in problems]
+    P, Q = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    return _cut(P, Q, spec).to(problems[0].compute_dtype)
 
 
-def _stalled(errors: list[float], tolerance: float, window: int = 10) -> bool:
-    return len(errors) > window and errors[-1 - window] - errors[-1] <= tolerance * errors[-1]
-
-
-def _spectral_start(problem: Problem, spec: Blast) -> State:
-    """Whitened SVD of rank ``r`` cut into blocks, ``S = 1``: exactly the low-rank error."""
-    P, Q, _ = whitened_svd(problem, spec.rank)
-    (b1, b2), (p, q), r = spec.blocks, spec.block_shape, spec.rank
-    U = _padded_rows(P, b1 * p).view(b1, p, r)
-    V = _padded_rows(Q, b2 * q).view(b2, q, r)
-    S = torch.ones(b1, b2, r, dtype=U.dtype, device=U.device)
-    return State(U, S, V).to(problem.compute_dtype)
-
-
-def _padded_rows(matrix: Tensor, rows: int) -> Tensor:
-    return torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))
+def _cut(P: Tensor, Q: Tensor, spec: Blast) -> State:
+    """``P (k, m, r)`` and ``Q (k, n, r)`` in padded blocks, with couplings of one."""
+    (b1, b2), (p, q) = spec.blocks, spec.block_shape
+    U = pad(P, (0, 0, 0, b1 * p - P.shape[1])).unflatten(1, (b1, p))
+    V = pad(Q, (0, 0, 0, b2 * q - Q.shape[1])).unflatten(1, (b2, q))
+    return State(U, torch.ones_like(U[:, :, :1]).expand(-1, -1, b2, -1).contiguous(), V)
 
 
 def _disturbed(state: State, noise: float, seed: int) -> State:
-    """``S + noise N(0, 1)``: with all couplings equal the blocks would move as one."""
+    """``S + noise N(0, 1)``, the same for every problem."""
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(state.S.shape, generator=generator).to(state.S)
+    normal = torch.randn(state.S.shape[1:], generator=generator).to(state.S)
     return State(state.U, state.S + noise * normal, state.V)
 
 
 def _balanced(state: State) -> State:
     """Each rank-one component with equal root mean squares in its three factors."""
-    rms: Callable[[Tensor], Tensor] = lambda x: x.square().mean((0, 1)).sqrt()  # noqa: E731
-    u, s, v = rms(state.U), rms(state.S), rms(state.V)
-    common = (u * s * v).pow(1 / 3)
-    ratios = [torch.where(x > 0, common / x, torch.zeros_like(x)) for x in (u, s, v)]
-    return State(state.U * ratios[0], state.S * ratios[1], state.V * ratios[2])
-
-
-def _as_dict(state: State) -> dict[str, Tensor]:
-    return {"U": state.U, "S": state.S, "V": state.V}
+    rms = [factor.square().mean((1, 2), keepdim=True).sqrt() for factor in state.tensors()]
+    common = (rms[0] * rms[1] * rms[2]).pow(1 / 3)
+    ratios = [torch.where(x > 0, common / x, torch.zeros_like(x)) for x in rms]
+    return State(*(factor * ratio for factor, ratio in zip(state.tensors(), ratios, strict=True)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,10 +39,15 @@ class Problem:
     scale: float
     compute_dtype: torch.dtype
 
-    @property
+    @cached_property
     def energy(self) -> float:
         """``|| A L ||_F^2``, the denominator of the squared relative error of the solvers."""
         return _energy(self.weight, self.moment)
+
+    def objective_error(self, dense: Tensor) -> float:
+        """``|| (A - A^) L || / || A L ||`` under the damped moment, which is what is minimised."""
+        residual = _energy(self.weight - dense, self.moment)
+        return math.sqrt(max(residual, 0.0) / self.energy) if self.energy > 0.0 else 0.0
 
     def relative_error(self, dense: Tensor) -> float:
         """``|| (A - A^) L || / || A L ||`` under the moment as given, for ``A^`` scaled like ``A``.

@@ -89,8 +89,11 @@ class Blast(Structure):
     def to_dense(self, factors: Factors) -> Tensor:
         """Every block ``U_i diag(s_ij) V_j^T`` in its place; padding cut off."""
         U, S, V = factors["U"], factors["S"], factors["V"]
-        blocks = torch.einsum("ipr,ijr,jqr->ipjq", U, S, V)
-        return blocks.reshape(self.padded_shape)[: self.out_features, : self.in_features]
+        rows = [
+            left @ (couplings[:, None] * V).flatten(0, 1).mT
+            for left, couplings in zip(U, S, strict=True)
+        ]
+        return torch.cat(rows)[: self.out_features, : self.in_features]
 
     def init(
         self,

@@ -1,0 +1,113 @@
+r"""One sweep of the alternating solver without data: ``C = I``, and block columns separate.
+
+Row by row of blocks ``U_i`` (given ``S, V``), then ``s_ij`` (given ``U_i, V``), and at the end all
+``V_j``, whose normal equations the rows have summed on the way. A sweep reads ``A`` twice,
+``4 m n r`` operations, and holds nothing larger than ``n r`` and a few ``b2 r^2``.
+A wide matrix is solved transposed, so that ``n`` is the smaller side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from blastnn.factorize.als_state import (
+    CANCELLATION,
+    State,
+    descend_couplings,
+    solve_rows,
+    step,
+    weighted_gram,
+)
+from blastnn.factorize.problem import Problem
+from blastnn.structures import Blast
+
+# Block rows are taken together while their products of size b2 r^2 stay this small: in a CPU's
+# cache, or large enough to fill a GPU.
+CHUNK_NUMBERS = {"cpu": 2**20, "cuda": 2**28}
+COUPLING_STEPS = 4
+
+
+class FreeSweep:
+    """Problems without second moments, of one spec and dtype."""
+
+    def __init__(self, problems: Sequence[Problem], spec: Blast) -> None:
+        self.problems, self.spec = problems, spec
+        self.notes: list[list[str]] = [[] for _ in problems]
+        self.wide = spec.out_features < spec.in_features
+        (b1, b2), (p, q) = spec.blocks, spec.block_shape
+        dtype = problems[0].compute_dtype
+        weights = torch.stack([problem.weight.to(dtype) for problem in problems])
+        missing = (b2 * q - weights.shape[2], b1 * p - weights.shape[1])
+        weights = pad(weights, (0, missing[0], 0, missing[1]))
+        self.rows = weights.view(-1, b1, p, b2 * q)  # (k, i, p, n)
+        if self.wide:
+            self.rows = weights.mT.contiguous().view(-1, b2, q, b1 * p)
+        self.energy = torch.tensor([problem.energy for problem in problems], dtype=torch.float64)
+
+    def sweep(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[State, Tensor]:
+        """``U``, ``S`` and ``V`` in turn; the new states and their relative errors ``(k,)``."""
+        inner = state.flipped() if self.wide else state
+        inner, squared = self._sweep(inner, omega, ridge)
+        result = inner.flipped() if self.wide else inner
+        cancelled = squared < CANCELLATION[state.U.dtype]
+        errors = squared.clamp(min=0.0).sqrt()
+        if bool(cancelled.any()):
+            errors = torch.where(cancelled, self.error(result), errors)
+        return result, errors
+
+    def error(self, state: State) -> Tensor:
+        """Relative errors ``(k,)`` from the residuals, float64."""
+        found = []
+        for index, problem in enumerate(self.problems):
+            factors = {name: f.double() for name, f in state.one(index).items()}
+            found.append(problem.objective_error(self.spec.to_dense(factors)))
+        return torch.tensor(found, dtype=torch.float64)
+
+    def _sweep(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[State, Tensor]:
+        U, S, V = torch.empty_like(state.U), torch.empty_like(state.S), state.V
+        gram = V.mT @ V  # (k, j, r, t)
+        right, normal = torch.zeros_like(V), torch.zeros_like(gram)
+        for rows in self._chunks(gram):
+            U[:, rows] = self._left(state, rows, gram, omega, ridge)
+            products = (self.rows[:, rows].mT @ U[:, rows]).unflatten(2, V.shape[1:3])  # k i j q r
+            own = U[:, rows].mT @ U[:, rows]  # (k, i, r, t)
+            S[:, rows] = self._couplings(state, rows, own, gram, products, omega)
+            right += (products * S[:, rows, :, None]).sum(1)
+            for i in range(own.shape[1]):
+                scales = S[:, rows][:, i]  # (k, j, r)
+                normal += (own[:, i, None] * scales[..., None]).mul_(scales[..., None, :])
+        new = solve_rows(normal, right, ridge, self.notes)
+        V = step(V, new, omega)
+        squared = ((V @ normal - 2 * right) * V).sum((1, 2, 3), dtype=torch.float64)
+        return State(U, S, V), 1.0 + squared.cpu() / self.energy
+
+    def _left(
+        self, state: State, rows: slice, gram: Tensor, omega: Tensor, ridge: Tensor
+    ) -> Tensor:
+        """``U_i G_i = R_i`` with ``R_i = A_i [s_ij V_j]_j`` and ``G_i = sum_j s s^T * gram_j``."""
+        S = state.S[:, rows]
+        scaled = (S[:, :, :, None] * state.V[:, None]).flatten(2, 3)  # (k, i, n, r)
+        normal = weighted_gram(S, gram[:, None])
+        new = solve_rows(normal, self.rows[:, rows] @ scaled, ridge, self.notes)
+        return step(state.U[:, rows], new, omega)
+
+    @staticmethod
+    def _couplings(
+        state: State, rows: slice, own: Tensor, gram: Tensor, products: Tensor, omega: Tensor
+    ) -> Tensor:
+        """``(U_i^T U_i * V_j^T V_j) s_ij = diag(U_i^T A_ij V_j)``."""
+        right = (products * state.V[:, None]).sum(3)  # (k, i, j, r)
+        W = own[:, :, None] * gram[:, None]
+        start = state.S[:, rows]
+        return step(start, descend_couplings(W, right, start, COUPLING_STEPS), omega)
+
+    def _chunks(self, gram: Tensor) -> list[slice]:
+        """Block rows that are worked on together."""
+        total = self.rows.shape[1]
+        limit = CHUNK_NUMBERS.get(gram.device.type, CHUNK_NUMBERS["cpu"])
+        size = max(1, min(total, limit // max(gram.numel(), self.rows.shape[3] * gram.shape[-1])))
+        return [slice(start, start + size) for start in range(0, total, size)]
