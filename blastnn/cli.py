@@ -42,7 +42,7 @@ def compress(
 ) -> None:
     """Compress a model from disk to disk and write a report beside it."""
     from blastnn.compress.api import compress_checkpoint
-    from blastnn.compress.run import prepare_job
+    from blastnn.compress.job import prepare_job
     from blastnn.display import make_progress, print_plan, print_summary
 
     options, texts = choices.options(), parse_calibration(calibration)
@@ -75,7 +75,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show ranks and sizes from a config.json alone; optionally write the plan to a file."""
-    from blastnn.compress.run import prepare_job
+    from blastnn.compress.job import prepare_job
     from blastnn.display import print_plan
     from blastnn.files import write_json
 

@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.table import Table
 
 from blastnn.compress.block import LayerRecord
+from blastnn.compress.job import Job, Progress
 from blastnn.compress.memory_use import anonymous_bytes
 from blastnn.compress.plan import LayerPlan, Plan
-from blastnn.compress.run import Job, Progress
 
 COLUMNS = ("layer", "shape", "rank", "error", "seconds", "memory", "time left")
 SHOWN_ROWS = 14

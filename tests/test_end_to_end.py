@@ -17,9 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import blastnn
+from blastnn.compress.job import Progress, prepare_job
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan
-from blastnn.compress.run import Progress, RunOutcome, prepare_job, run_job
+from blastnn.compress.run import RunOutcome, run_job
 from blastnn.evaluate.probe import digest, probe
 from blastnn.evaluate.score import inspect_folder
 from blastnn.linear import StructuredLinear

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from blastnn.compress.html import render_html
+from blastnn.compress.job import Job, window_length
 from blastnn.compress.memory_use import HOW
 from blastnn.compress.plan import LayerPlan
-from blastnn.compress.run import Job, RunOutcome, window_length
+from blastnn.compress.run import RunOutcome
 from blastnn.errors import BlastnnError
 from blastnn.files import read_json, write_json, write_text
 from blastnn.version import __version__
