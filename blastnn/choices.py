@@ -24,7 +24,13 @@ Whose = Annotated[
     str | None, typer.Option(help="what keep counts: targets (linear layers) or model")
 ]
 StructureName = Annotated[str | None, typer.Option(help=f"one of {', '.join(sorted(STRUCTURES))}")]
-Blocks = Annotated[str | None, typer.Option(help="block counts of BLAST: b, or b1,b2")]
+Blocks = Annotated[
+    str | None,
+    typer.Option(
+        help="block counts, b or b1,b2, of structures that have blocks; default: for blast the "
+        "preset's (best: 8), else the structure's own (blast: 4)"
+    ),
+]
 Targets = Annotated[list[str] | None, typer.Option(help="pattern of layer names; repeatable")]
 Preset = Annotated[str, typer.Option(help=f"one of {', '.join(sorted(PRESETS))}")]
 Solver = Annotated[str | None, typer.Option(help=f"auto, {', '.join(sorted(SOLVERS))}")]
