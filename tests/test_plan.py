@@ -316,6 +316,20 @@ def test_presets_yield_to_choices(preset):
     assert (chosen.keep, chosen.sweeps, chosen.blocks) == (0.4, 3, (2, 2))
 
 
+@pytest.mark.parametrize(
+    ("model", "pattern", "name"),
+    [
+        ("tied_llama", "embed_tokens", r"model\.embed_tokens"),
+        ("llama", "model.embed_tokens", r"model\.embed_tokens"),
+        ("gpt2", "*wte", r"transformer\.wte"),
+        ("bert", "*embeddings*", r"embeddings\.word_embeddings"),
+    ],
+)
+def test_an_embedding_as_target_is_refused_as_what_it_is(model, pattern, name):
+    with pytest.raises(PlanError, match=f"the embedding {name}, .* only linear layers"):
+        plan_of(model, targets=(pattern,))
+
+
 def test_unchosen_blocks_are_the_default_of_the_structure():
     assert plan_of("llama", blocks=None) == plan_of("llama", blocks=(4, 4))
     assert plan_of("llama", blocks=None) != plan_of("llama", blocks=(2, 2))
