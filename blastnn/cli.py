@@ -42,12 +42,14 @@ def compress(
 ) -> None:
     """Compress a model from disk to disk and write a report beside it."""
     from blastnn.compress.api import compress_checkpoint
+    from blastnn.compress.draft import draft_job
     from blastnn.compress.job import prepare_job
     from blastnn.display import make_progress, print_plan, print_summary
 
     options, texts = choices.options(), parse_calibration(calibration)
     if dry_run:
-        print_plan(prepare_job(model, options, texts, plan), as_json)
+        drafted = draft_job(model, options, plan) if texts is None else None
+        print_plan(drafted or prepare_job(model, options, texts, plan), as_json)
         return
     if output is None:
         raise PlanError("give --output DIR, the folder to write to (or --dry-run)")
@@ -75,14 +77,14 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show ranks and sizes from a config.json alone; optionally write the plan to a file."""
-    from blastnn.compress.job import prepare_job
+    from blastnn.compress.draft import draft_job
     from blastnn.display import print_plan
     from blastnn.files import write_json
 
-    job = prepare_job(model, choices.options(), [])
-    print_plan(job, as_json)
+    draft = draft_job(model, choices.options())
+    print_plan(draft, as_json)
     if output is not None:
-        write_json(output, job.plan.to_json())
+        write_json(output, draft.plan.to_json())
 
 
 @app.command()
