@@ -89,6 +89,14 @@ def test_structures_with_and_without_data(
     assert loaded_digest(tmp_path / "out", outcome) == outcome.journal.probe["logits_sha256"]
 
 
+def test_the_check_window_without_a_text_fits_the_positions(tmp_path: Path) -> None:
+    """GPT-2 looks positions up in a table, here of 64 rows."""
+    source = make_folder(tmp_path / "dense", "gpt2")
+    outcome = compress(source, tmp_path / "out", calibration=[])
+    assert len(outcome.journal.probe["ids"]) == 64
+    assert loaded_digest(tmp_path / "out", outcome) == outcome.journal.probe["logits_sha256"]
+
+
 def test_bfloat16_output(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "dense")
     outcome = compress(source, tmp_path / "out", dtype="bfloat16")

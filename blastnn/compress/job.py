@@ -72,7 +72,8 @@ class Job(Draft):
         """One window of token ids with which the written model is compared to the one computed."""
         if self.windows is not None:
             return self.windows.ids[:1]
-        ids = torch.arange(NO_TEXT_WINDOW) * 37 % self.folder.config.vocab_size
+        length = window_length(self.folder, NO_TEXT_WINDOW)
+        ids = torch.arange(length) * 37 % self.folder.config.vocab_size
         return ids[None]
 
 
