@@ -12,8 +12,8 @@ import argparse
 import time
 
 import blastnn
+from blastnn.compress.job import calibration_windows
 from blastnn.compress.options import Options
-from blastnn.compress.run import calibration_windows
 from blastnn.evaluate.perplexity import perplexity
 from blastnn.evaluate.text import first_windows, read_text
 from blastnn.models.demo import TEST

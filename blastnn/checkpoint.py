@@ -18,7 +18,7 @@ from blastnn.errors import CheckpointError, StructureError
 from blastnn.files import read_json
 from blastnn.linear import StructuredLinear
 from blastnn.models.linears import LINEAR_CLASSES
-from blastnn.models.tensors import TensorFolder
+from blastnn.models.tensors import TensorFolder, find_name
 from blastnn.structures import Structure, spec_from_json
 
 METHOD = "blastnn"
@@ -80,8 +80,7 @@ def check_factors(specs: Mapping[str, Structure], tensors: TensorFolder, prefix:
     for layer, spec in specs.items():
         for factor, shape in spec.tensor_shapes().items():
             name = f"{layer}.{factor}"
-            candidates = (name, name.removeprefix(prefix), prefix + name)
-            stored = next((c for c in candidates if c in tensors), None)
+            stored = find_name(name, prefix, tensors)
             if stored is None:
                 raise CheckpointError(
                     f"{tensors.folder} lacks the factor {name} of a structured layer; the folder "
@@ -106,13 +105,10 @@ def install_layers(model: nn.Module, specs: Mapping[str, Structure], prefix: str
     modules = dict(model.named_modules())
     found = 0
     for layer, spec in specs.items():
-        name = next(
-            (n for n in (layer, layer.removeprefix(prefix), prefix + layer) if n in modules), None
-        )
-        if name is None:
-            continue
-        found += 1
-        _install(model, name, modules[name], spec)
+        name = find_name(layer, prefix, modules)
+        if name is not None:
+            found += 1
+            _install(model, name, modules[name], spec)
     if not found:
         raise CheckpointError(
             f"none of the structured layers in config.json is in this {type(model).__name__}"

@@ -11,49 +11,30 @@ from typing import Annotated
 
 import typer
 
-from blastnn.compress.options import PRESETS, Options
+from blastnn.choices import JobChoices, PlanChoices, unpacked
+from blastnn.compress.report import DEFAULT_TOKENS
 from blastnn.errors import BlastnnError, PlanError
-from blastnn.factorize import SOLVERS
-from blastnn.structures import STRUCTURES
 from blastnn.version import __version__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
 Model = Annotated[str, typer.Argument(help="demo, a folder, a .gguf file, or a hub id owner/name")]
-Keep = Annotated[float | None, typer.Option(help="share of the parameters to keep, in (0, 1]")]
-Of = Annotated[str | None, typer.Option(help="what keep counts: targets (linear layers) or model")]
-StructureName = Annotated[str | None, typer.Option(help=f"one of {', '.join(sorted(STRUCTURES))}")]
-Blocks = Annotated[str | None, typer.Option(help="block counts of BLAST: b, or b1,b2")]
-Targets = Annotated[list[str] | None, typer.Option(help="pattern of layer names; repeatable")]
-Solver = Annotated[str | None, typer.Option(help=f"auto, {', '.join(sorted(SOLVERS))}")]
-Preset = Annotated[str, typer.Option(help=f"one of {', '.join(sorted(PRESETS))}")]
+Folder = Annotated[str, typer.Argument(help="model folder, compressed or dense, or demo")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON value instead of text")]
-Text = Annotated[list[str] | None, typer.Option(help="text to measure on; repeatable")]
-Tokens = Annotated[int, typer.Option(help="tokens of each text to score")]
+ScoredTokens = Annotated[int, typer.Option("--tokens", help="tokens of each text to score")]
 
 
 @app.command()
+@unpacked
 def compress(
     model: Model,
+    choices: JobChoices,
     output: Annotated[Path | None, typer.Option(help="folder to write to")] = None,
-    keep: Keep = None,
-    of: Of = None,
-    structure: StructureName = None,
-    blocks: Blocks = None,
-    targets: Targets = None,
-    solver: Solver = None,
-    sweeps: Annotated[int | None, typer.Option(help="iterations of the solver")] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help="calibration text, repeatable; none for no data")
     ] = None,
-    calibration_tokens: Annotated[int | None, typer.Option(help="tokens to calibrate with")] = None,
-    window: Annotated[int | None, typer.Option(help="tokens in a sequence")] = None,
-    damping: Annotated[float | None, typer.Option(help="of the second moments")] = None,
-    text: Text = None,
-    tokens: Tokens = 16384,
-    dtype: Annotated[str | None, typer.Option(help="of the written tensors")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the solver")] = None,
-    preset: Preset = "default",
+    text: Annotated[list[str] | None, typer.Option(help="text to measure on; repeatable")] = None,
+    scored_tokens: ScoredTokens = DEFAULT_TOKENS,
     plan: Annotated[Path | None, typer.Option(help="plan file written by blastnn plan")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a stopped job")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only; reads no weight")] = False,
@@ -61,27 +42,14 @@ def compress(
 ) -> None:
     """Compress a model from disk to disk and write a report beside it."""
     from blastnn.compress.api import compress_checkpoint
-    from blastnn.compress.run import prepare_job
+    from blastnn.compress.draft import draft_job
+    from blastnn.compress.job import prepare_job
     from blastnn.display import make_progress, print_plan, print_summary
 
-    options = Options.from_preset(
-        preset,
-        keep=keep,
-        of=of,
-        structure=structure,
-        blocks=parse_blocks(blocks),
-        targets=tuple(targets) if targets else None,
-        solver=solver,
-        sweeps=sweeps,
-        tokens=calibration_tokens,
-        window=window,
-        damping=damping,
-        dtype=dtype,
-        seed=seed,
-    )
-    texts = parse_calibration(calibration)
+    options, texts = choices.options(), parse_calibration(calibration)
     if dry_run:
-        print_plan(prepare_job(model, options, texts, plan), as_json)
+        drafted = draft_job(model, options, plan) if texts is None else None
+        print_plan(drafted or prepare_job(model, options, texts, plan), as_json)
         return
     if output is None:
         raise PlanError("give --output DIR, the folder to write to (or --dry-run)")
@@ -92,7 +60,7 @@ def compress(
             options=options,
             calibration=texts,
             texts=text,
-            tokens=tokens,
+            tokens=scored_tokens,
             plan=plan,
             resume=resume,
             progress=progress,
@@ -101,42 +69,30 @@ def compress(
 
 
 @app.command()
+@unpacked
 def plan(
     model: Model,
-    keep: Keep = None,
-    of: Of = None,
-    structure: StructureName = None,
-    blocks: Blocks = None,
-    targets: Targets = None,
-    preset: Preset = "default",
+    choices: PlanChoices,
     output: Annotated[Path | None, typer.Option(help="plan file to write")] = None,
     as_json: Json = False,
 ) -> None:
     """Show ranks and sizes from a config.json alone; optionally write the plan to a file."""
-    from blastnn.compress.run import prepare_job
+    from blastnn.compress.draft import draft_job
     from blastnn.display import print_plan
     from blastnn.files import write_json
 
-    options = Options.from_preset(
-        preset,
-        keep=keep,
-        of=of,
-        structure=structure,
-        blocks=parse_blocks(blocks),
-        targets=tuple(targets) if targets else None,
-    )
-    job = prepare_job(model, options, [])
-    print_plan(job, as_json)
+    draft = draft_job(model, choices.options())
+    print_plan(draft, as_json)
     if output is not None:
-        write_json(output, job.plan.to_json())
+        write_json(output, draft.plan.to_json())
 
 
 @app.command()
 def evaluate(
-    folder: Annotated[str, typer.Argument(help="model folder, compressed or dense, or demo")],
+    folder: Folder,
     text: Annotated[list[str], typer.Option(help="text to score; repeatable")],
     against: Annotated[str | None, typer.Option(help="dense model to compare with")] = None,
-    tokens: Tokens = 16384,
+    scored_tokens: ScoredTokens = DEFAULT_TOKENS,
     window: Annotated[int, typer.Option(help="tokens in a window")] = 1024,
     as_json: Json = False,
 ) -> None:
@@ -144,12 +100,12 @@ def evaluate(
     from blastnn.display import print_scores
     from blastnn.evaluate.score import score_models
 
-    print_scores(score_models(folder, against, text, tokens, window), as_json)
+    print_scores(score_models(folder, against, text, scored_tokens, window), as_json)
 
 
 @app.command()
 def generate(
-    folder: Annotated[str, typer.Argument(help="model folder, compressed or dense, or demo")],
+    folder: Folder,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
     max_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 60,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
@@ -191,17 +147,6 @@ def version(
     if show:
         typer.echo(f"blastnn {__version__}")
         raise typer.Exit
-
-
-def parse_blocks(text: str | None) -> tuple[int, int] | None:
-    """``"4"`` or ``"4,8"`` as a pair; PlanError otherwise."""
-    if text is None:
-        return None
-    parts = text.split(",")
-    if not 1 <= len(parts) <= 2 or not all(part.strip().isdigit() for part in parts):
-        raise PlanError(f"--blocks takes one number or two like 4,8, but was given {text!r}")
-    numbers = [int(part) for part in parts]
-    return numbers[0], numbers[-1]
 
 
 def parse_calibration(sources: list[str] | None) -> list[str] | None:

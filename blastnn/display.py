@@ -13,9 +13,10 @@ from rich.live import Live
 from rich.table import Table
 
 from blastnn.compress.block import LayerRecord
+from blastnn.compress.draft import Draft
+from blastnn.compress.job import Job, Progress
 from blastnn.compress.memory_use import anonymous_bytes
 from blastnn.compress.plan import LayerPlan, Plan
-from blastnn.compress.run import Job, Progress
 
 COLUMNS = ("layer", "shape", "rank", "error", "seconds", "memory", "time left")
 SHOWN_ROWS = 14
@@ -129,21 +130,21 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_plan(job: Job, as_json: bool) -> None:
-    """Ranks, sizes and the estimated memory of a job."""
-    before, after = job.plan.target_params
-    total = job.plan.model_params
+def print_plan(draft: Draft, as_json: bool) -> None:
+    """Ranks, sizes and the estimated memory of a draft."""
+    before, after = draft.plan.target_params
+    total = draft.plan.model_params
     sizes = {
         "target_params": {"before": before, "after": after},
         "model_params": {"before": total, "after": total - before + after},
-        "output_bytes": job.output_bytes(),
-        "memory_bytes": job.memory_bytes(),
+        "output_bytes": draft.output_bytes(),
+        "memory_bytes": draft.memory_bytes(),
     }
     if as_json:
-        print_json({**job.plan.to_json(), **sizes})
+        print_json({**draft.plan.to_json(), **sizes})
         return
     rows = []
-    for layer in job.plan.layers:
+    for layer in draft.plan.layers:
         what = layer.reason or str(layer.spec)
         shape = f"{layer.out_features}x{layer.in_features}"
         rows.append((layer.name, shape, f"{layer.planned_params:,}", what))
@@ -151,9 +152,11 @@ def print_plan(job: Job, as_json: bool) -> None:
     console.print(table(("layer", "shape", "parameters", "becomes"), rows))
     console.print(f"targets {before:,} -> {after:,} ({after / max(before, 1):.1%})")
     console.print(f"model   {total:,} -> {total - before + after:,}")
-    console.print(f"output  {job.output_bytes() / MIB:.0f} MiB")
-    for part, size in job.memory_bytes().items():
+    console.print(f"output  {draft.output_bytes() / MIB:.0f} MiB")
+    for part, size in draft.memory_bytes().items():
         console.print(f"memory  {size / MIB:.0f} MiB for {part}")
+    if not isinstance(draft, Job):
+        console.print(f"        reckoned with {draft.tokens:,} tokens of calibration text")
 
 
 def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bool) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +39,7 @@ def change_tensor(folder: Path, name: str, value: object) -> None:
 
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
+NOBODY = 65534
 
 
 def test_missing_empty_and_truncated_weights(source: Path, tmp_path: Path) -> None:
@@ -131,6 +136,36 @@ def test_output_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 0))
     with pytest.raises(ResumeError, match="free"):
         compress(source, tmp_path / "full")
+
+
+@contextmanager
+def permissions_that_bind() -> Iterator[None]:
+    """For root, who may write anywhere, act as another user for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("below", ["", "new"])
+def test_output_folder_that_is_not_writable(below: str) -> None:
+    with tempfile.TemporaryDirectory() as public:  # pytest's own folders are closed to others
+        Path(public).chmod(0o755)
+        source, locked = make_folder(Path(public) / "dense"), Path(public) / "locked"
+        for path in source.iterdir():
+            path.chmod(0o644)
+        locked.mkdir(mode=0o555)
+        compress(source, Path(public) / "open" / below)  # all is well but for the folder
+        with (
+            permissions_that_bind(),
+            pytest.raises(ResumeError, match="cannot write to .*locked.*: Permission denied"),
+        ):
+            compress(source, locked / below)
+        assert list(locked.iterdir()) == []
 
 
 def test_disk_full_in_the_middle_loses_nothing(

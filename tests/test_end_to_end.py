@@ -17,9 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import blastnn
+from blastnn.compress.job import Progress, prepare_job
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan
-from blastnn.compress.run import Progress, RunOutcome, prepare_job, run_job
+from blastnn.compress.run import RunOutcome, run_job
 from blastnn.evaluate.probe import digest, probe
 from blastnn.evaluate.score import inspect_folder
 from blastnn.linear import StructuredLinear
@@ -85,6 +86,14 @@ def test_structures_with_and_without_data(
 ) -> None:
     source = make_folder(tmp_path / "dense")
     outcome = compress(source, tmp_path / "out", structure=structure, calibration=calibration)
+    assert loaded_digest(tmp_path / "out", outcome) == outcome.journal.probe["logits_sha256"]
+
+
+def test_the_check_window_without_a_text_fits_the_positions(tmp_path: Path) -> None:
+    """GPT-2 looks positions up in a table, here of 64 rows."""
+    source = make_folder(tmp_path / "dense", "gpt2")
+    outcome = compress(source, tmp_path / "out", calibration=[])
+    assert len(outcome.journal.probe["ids"]) == 64
     assert loaded_digest(tmp_path / "out", outcome) == outcome.journal.probe["logits_sha256"]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from blastnn.errors import CheckpointError
 from blastnn.files import PART, read_json, remove_parts, write_json, write_tensors, write_text
-from blastnn.models.tensors import INDEX, SINGLE, TensorFolder
+from blastnn.models.tensors import INDEX, SINGLE, TensorFolder, find_name
 
 TENSORS = {
     "a.weight": torch.arange(12.0).view(3, 4),
@@ -284,3 +284,16 @@ def test_missing_json_is_named(tmp_path):
         read_json(tmp_path / "value.json")
     with pytest.raises(CheckpointError):
         read_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("known", "found"),
+    [
+        ({"model.a", "a"}, "model.a"),
+        ({"a"}, "a"),
+        ({"model.model.a"}, "model.model.a"),
+        ({"b", "model.b"}, None),
+    ],
+)
+def test_a_name_is_found_with_and_without_the_prefix(known: set[str], found: str | None) -> None:
+    assert find_name("model.a", "model.", known) == found

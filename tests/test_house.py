@@ -20,7 +20,7 @@ FLOORS = [
     {"integrations"},
     {"evaluate"},
     {"compress"},
-    {"display"},
+    {"choices", "display"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -316,6 +316,32 @@ def test_presets_yield_to_choices(preset):
     assert (chosen.keep, chosen.sweeps, chosen.blocks) == (0.4, 3, (2, 2))
 
 
+@pytest.mark.parametrize(
+    ("model", "pattern", "name"),
+    [
+        ("tied_llama", "embed_tokens", r"model\.embed_tokens"),
+        ("llama", "model.embed_tokens", r"model\.embed_tokens"),
+        ("gpt2", "*wte", r"transformer\.wte"),
+        ("bert", "*embeddings*", r"embeddings\.word_embeddings"),
+    ],
+)
+def test_an_embedding_as_target_is_refused_as_what_it_is(model, pattern, name):
+    with pytest.raises(PlanError, match=f"the embedding {name}, .* only linear layers"):
+        plan_of(model, targets=(pattern,))
+
+
+def test_unchosen_blocks_are_the_default_of_the_structure():
+    assert plan_of("llama", blocks=None) == plan_of("llama", blocks=(4, 4))
+    assert plan_of("llama", blocks=None) != plan_of("llama", blocks=(2, 2))
+
+
+@pytest.mark.parametrize("structure", sorted(STRUCTURES))
+def test_the_blocks_of_a_preset_are_for_its_own_structure(structure):
+    chosen = Options.from_preset("best", structure=structure)
+    assert chosen.blocks == (PRESETS["best"]["blocks"] if structure == "blast" else None)
+    assert Options.from_preset("best", structure=structure, blocks=(2, 3)).blocks == (2, 3)
+
+
 def test_an_unknown_preset_is_refused():
     with pytest.raises(PlanError, match="fastest.*fast"):
         Options.from_preset("fastest")

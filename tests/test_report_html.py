@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import random
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from blastnn.compress.html import render_html
+from blastnn.compress.report import warnings_of
 
 BLOCKS = 30
 KINDS = {
@@ -359,9 +361,15 @@ def test_other_names_and_layers_outside_blocks(report: dict[str, Any]) -> None:
     assert "attn.c_attn" in shown and "no block" in shown
 
 
-def test_a_failed_self_check_is_a_warning(report: dict[str, Any]) -> None:
+def test_a_failed_self_check_is_one_warning(report: dict[str, Any]) -> None:
+    """The report warns of it, so the page need not do so a second time."""
+    job = SimpleNamespace(plan=SimpleNamespace(layers=()), windows=object())
     report["self_check"]["verified"] = False
-    assert "The self-check failed" in Page(render_html(report)).text
+    report["warnings"] = warnings_of(job, [], False)
+    shown = Page(render_html(report)).text
+    assert "1 warning" in shown and "did not give the very bits" in shown
+    assert "NO, it failed" in shown
+    assert warnings_of(job, [], True) == []
 
 
 def test_no_warnings_make_no_warning_box(report: dict[str, Any]) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from blastnn.compress.job import Progress, prepare_job
 from blastnn.compress.options import Options
 from blastnn.compress.report import DEFAULT_TOKENS, JSON, write_report
-from blastnn.compress.run import Progress, prepare_job, run_job
+from blastnn.compress.run import run_job
 from blastnn.evaluate.text import read_text
 from blastnn.files import read_json
 from blastnn.models.demo import TEST

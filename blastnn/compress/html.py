@@ -12,6 +12,7 @@ from blastnn.compress.html_page import (
     ARROW,
     DASH,
     Html,
+    Report,
     amount_of_parameters,
     change,
     count,
@@ -37,7 +38,6 @@ from blastnn.compress.html_provenance import (
     time_section,
 )
 from blastnn.compress.html_sections import (
-    Report,
     error_section,
     measured_texts,
     perplexity_section,
@@ -114,8 +114,6 @@ def _perplexity_words(report: Report) -> list[object]:
 def _warnings(report: Report, layers: list[dict[str, Any]]) -> Html:
     given = report.get("warnings")
     warnings = [plain(warning) for warning in given] if isinstance(given, list) else []
-    if part(report, "self_check", "verified") is False:
-        warnings.insert(0, "The self-check failed: see below.")
     warnings += unusable_errors(layers)
     if not warnings:
         return Html()

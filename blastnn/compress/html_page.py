@@ -20,6 +20,8 @@ ARROW = "\N{RIGHTWARDS ARROW}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
+Report = dict[str, Any]
+
 # Control characters and lone surrogates cannot be shown, and surrogates cannot be saved as UTF-8.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 # The page needs nothing from outside; the policy makes a browser hold it to that.

@@ -9,6 +9,7 @@ from blastnn.compress import charts
 from blastnn.compress.html_page import (
     DASH,
     Html,
+    Report,
     absent,
     count,
     duration,
@@ -26,8 +27,6 @@ from blastnn.compress.html_page import (
 )
 
 _HASH = re.compile("[0-9a-f]{32,}")
-
-Report = dict[str, Any]
 
 
 def calibration_section(report: Report) -> Html:

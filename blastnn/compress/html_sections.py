@@ -12,6 +12,7 @@ from blastnn.compress.html_page import (
     DASH,
     TIMES,
     Html,
+    Report,
     absent,
     change,
     count,
@@ -34,7 +35,6 @@ from blastnn.compress.html_page import (
 _KINDS_SHOWN = 24
 _PERPLEXITY_HEAD = ("Text", "Dense#", "Compressed#", "Change#", "Tokens#", "Window#", "SHA-256")
 
-Report = dict[str, Any]
 Layers = Sequence[dict[str, Any]]
 
 

@@ -26,7 +26,8 @@ class Options:
         keep: share of the parameters to keep, in (0, 1].
         of: whose parameters ``keep`` counts: of the ``targets`` or of the whole ``model``.
         structure: registered name of the structure.
-        blocks: block counts ``(b1, b2)``, for structures that have blocks.
+        blocks: block counts ``(b1, b2)``, for structures that have blocks; None is the structure's
+            own default.
         targets: patterns (``fnmatch``) over layer names or kinds; empty means every linear layer
             inside the blocks.
         solver: registered name of the solver, or ``auto``.
@@ -40,7 +41,7 @@ class Options:
     keep: float = 0.8
     of: str = "targets"
     structure: str = "blast"
-    blocks: tuple[int, int] | None = (4, 4)
+    blocks: tuple[int, int] | None = None
     targets: tuple[str, ...] = ()
     solver: str = "auto"
     sweeps: int = 20
@@ -66,13 +67,19 @@ class Options:
     def from_preset(cls, preset: str, **chosen: Any) -> Self:
         """The named preset with the given choices on top; None means not chosen.
 
+        A preset's block counts are meant for its own structure: with another one chosen, they are
+        left to that structure.
+
         Raises:
             PlanError: no such preset.
         """
         if preset not in PRESETS:
             raise PlanError(f"unknown preset {preset!r}; choose from {sorted(PRESETS)}")
         given = {key: value for key, value in chosen.items() if value is not None}
-        return replace(cls(**PRESETS[preset]), **given)
+        options = cls(**PRESETS[preset])
+        if given.get("structure", options.structure) != options.structure:
+            options = replace(options, blocks=None)
+        return replace(options, **given)
 
     def to_json(self) -> dict[str, Any]:
         """The options as plain values."""

@@ -115,7 +115,7 @@ def make_plan(
     """
     linears = find_linears(model)
     reasons = {info.name: _reason(info, blocks, options.targets, head) for info in linears}
-    _check_patterns(linears, blocks, options.targets)
+    _check_patterns(model, linears, blocks, options.targets)
     chosen = [info for info in linears if reasons[info.name] is None]
     if not chosen:
         raise PlanError("the model has no linear layer that could be compressed")
@@ -179,15 +179,28 @@ def _reason(
 
 
 def _check_patterns(
-    linears: list[LinearInfo], blocks: list[str], patterns: tuple[str, ...]
+    model: nn.Module, linears: list[LinearInfo], blocks: list[str], patterns: tuple[str, ...]
 ) -> None:
     for pattern in patterns:
-        if not any(_matches(i.name, _place(i.name, blocks)[1], pattern) for i in linears):
-            kinds = sorted({_place(info.name, blocks)[1] for info in linears})
+        if any(_matches(i.name, _place(i.name, blocks)[1], pattern) for i in linears):
+            continue
+        embedding = _matching_embedding(model, pattern)
+        if embedding is not None:
             raise PlanError(
-                f"the target pattern {pattern!r} matches no linear layer; kinds here: "
-                f"{', '.join(kinds[:20])}"
+                f"the target pattern {pattern!r} matches the embedding {embedding}, which is "
+                "looked up and never multiplied: only linear layers can be compressed"
             )
+        kinds = sorted({_place(info.name, blocks)[1] for info in linears})
+        raise PlanError(
+            f"the target pattern {pattern!r} matches no linear layer; kinds here: "
+            f"{', '.join(kinds[:20])}"
+        )
+
+
+def _matching_embedding(model: nn.Module, pattern: str) -> str | None:
+    """The name of an embedding that the pattern means, by its full name or its last part."""
+    names = (name for name, m in model.named_modules() if isinstance(m, nn.Embedding))
+    return next((n for n in names if _matches(n, n.rpartition(".")[2], pattern)), None)
 
 
 def _matches(name: str, kind: str, pattern: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import subprocess
 import sys
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 
 from blastnn.compress.html import render_html
+from blastnn.compress.job import Job, window_length
 from blastnn.compress.memory_use import HOW
 from blastnn.compress.plan import LayerPlan
-from blastnn.compress.run import Job, RunOutcome, window_length
+from blastnn.compress.run import RunOutcome
 from blastnn.errors import BlastnnError
 from blastnn.files import read_json, write_json, write_text
 from blastnn.version import __version__
@@ -99,7 +99,7 @@ def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dic
         "not_measured": None if measured else NO_TEXT,
         "self_check": {**journal.probe, "verified": verified},
         "environment": environment(),
-        "warnings": _warnings(job, coverage, verified),
+        "warnings": warnings_of(job, coverage, verified),
     }
 
 
@@ -201,7 +201,8 @@ def environment() -> dict[str, str | int]:
     }
 
 
-def _warnings(job: Job, coverage: list[dict[str, Any]], verified: bool | None) -> list[str]:
+def warnings_of(job: Job, coverage: list[dict[str, Any]], verified: bool | None) -> list[str]:
+    """What a reader of the report must not overlook, the gravest first."""
     found = []
     if verified is False:
         found.append(
@@ -217,9 +218,6 @@ def _warnings(job: Job, coverage: list[dict[str, Any]], verified: bool | None) -
     fallbacks = [row["name"] for row in coverage if row["notes"]]
     if fallbacks:
         found.append(f"{len(fallbacks)} layers took a numerical fallback, e.g. {fallbacks[0]}")
-    errors = [row["relative_error"] for row in coverage if row["relative_error"] is not None]
-    if any(not math.isfinite(error) for error in errors):
-        found.append("a layer's error is not finite")
     if job.windows is None:
         found.append("no calibration text: the factorisation did not look at the model's inputs")
     return found

@@ -10,18 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blastnn.evaluate.generate import continue_text
 from blastnn.evaluate.perplexity import PROTOCOL, cosine_agreement, perplexity
-from blastnn.evaluate.probe import digest, probe
+from blastnn.evaluate.probe import matches
 from blastnn.evaluate.speed import compare_speed
-from blastnn.evaluate.text import first_windows, read_text
+from blastnn.evaluate.text import Text, Windows, first_windows, read_text
 from blastnn.files import read_json, write_json
 from blastnn.integrations.transformers import is_causal, load_model
 from blastnn.models.source import load_tokenizer
 
 SAMPLE_PROMPT = "The most important thing about the ocean is"
+Models = tuple[PreTrainedModel, PreTrainedModel]  # the dense one first
 
 
 def compare(request: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +33,8 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
             ``probe`` (the ids and digest that the job computed), each possibly empty.
     """
     compressed = load_model(Path(request["compressed"]))
-    result: dict[str, Any] = {"verified": _verify(compressed, request.get("probe") or {})}
+    expected = request.get("probe")
+    result: dict[str, Any] = {"verified": matches(compressed, expected) if expected else None}
     if not request["texts"]:
         return result
     dense = load_model(Path(request["dense"]))
@@ -47,33 +49,38 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
         "sample": None,
     }
     if not is_causal(dense):
-        mean = cosine_agreement(dense, compressed, cut[0])
-        tokens = cut[0].ids.numel()
-        result["cosine"] = {"text": texts[0].name, "mean": mean, "tokens": tokens}
-        return result
-    for text, windows in zip(texts, cut, strict=True):
-        scores = [perplexity(model, windows) for model in (dense, compressed)]
-        result["perplexity"].append(
-            {
-                "text": text.name,
-                "sha256": text.sha256,
-                "tokens": scores[0].tokens,
-                "window": scores[0].window,
-                "dense": scores[0].perplexity,
-                "compressed": scores[1].perplexity,
-            }
-        )
-    result["speed"] = compare_speed(dense, compressed, cut[0].ids[:1])
-    samples = [continue_text(model, tokenizer, SAMPLE_PROMPT) for model in (dense, compressed)]
-    result["sample"] = {"prompt": SAMPLE_PROMPT, "dense": samples[0], "compressed": samples[1]}
-    return result
+        return result | {"cosine": _cosine(dense, compressed, texts[0], cut[0])}
+    models = (dense, compressed)
+    pairs = zip(texts, cut, strict=True)
+    return result | {
+        "perplexity": [_perplexities(models, text, windows) for text, windows in pairs],
+        "speed": compare_speed(dense, compressed, cut[0].ids[:1]),
+        "sample": _sample(models, tokenizer),
+    }
 
 
-def _verify(model: torch.nn.Module, expected: dict[str, Any]) -> bool | None:
-    """Whether the loaded model's output has the very bits that the job computed."""
-    if not expected:
-        return None
-    return digest(probe(model, torch.tensor([expected["ids"]]))) == expected["logits_sha256"]
+def _cosine(
+    dense: PreTrainedModel, compressed: PreTrainedModel, text: Text, windows: Windows
+) -> dict[str, Any]:
+    mean = cosine_agreement(dense, compressed, windows)
+    return {"text": text.name, "mean": mean, "tokens": windows.ids.numel()}
+
+
+def _perplexities(models: Models, text: Text, windows: Windows) -> dict[str, Any]:
+    dense, compressed = (perplexity(model, windows) for model in models)
+    return {
+        "text": text.name,
+        "sha256": text.sha256,
+        "tokens": dense.tokens,
+        "window": dense.window,
+        "dense": dense.perplexity,
+        "compressed": compressed.perplexity,
+    }
+
+
+def _sample(models: Models, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    dense, compressed = (continue_text(model, tokenizer, SAMPLE_PROMPT) for model in models)
+    return {"prompt": SAMPLE_PROMPT, "dense": dense, "compressed": compressed}
 
 
 if __name__ == "__main__":

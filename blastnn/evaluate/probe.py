@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,3 +40,11 @@ def digest(output: Tensor) -> str:
     """Hex digest of a tensor's bits."""
     plain = output.contiguous().view(torch.uint8).cpu()
     return hashlib.sha256(plain.numpy().tobytes()).hexdigest()
+
+
+def matches(model: nn.Module, expected: Mapping[str, Any]) -> bool:
+    """Whether a loaded model's output has the very bits that the job computed.
+
+    ``expected`` holds the job's ``ids`` and the digest of its output, ``logits_sha256``.
+    """
+    return digest(probe(model, torch.tensor([expected["ids"]]))) == expected["logits_sha256"]

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from blastnn.checkpoint import check_factors, read_specs
 from blastnn.errors import CheckpointError, ModelError
 from blastnn.evaluate.perplexity import PROTOCOL, perplexity
-from blastnn.evaluate.probe import digest, probe
+from blastnn.evaluate.probe import matches
 from blastnn.evaluate.text import first_windows, read_text
 from blastnn.files import read_json
 from blastnn.integrations.transformers import is_causal, load_model
@@ -39,15 +37,14 @@ def score_models(
     read = [read_text(text) for text in texts]
     rows: list[dict[str, Any]] = [{"text": text.name, "sha256": text.sha256} for text in read]
     names = {"dense": against, "model": model} if against else {"model": model}
-    tokenizer_folder = open_any(against or model)
+    tokenizer = load_tokenizer(open_any(against or model))
+    cut = [first_windows(text, tokenizer, window, tokens) for text in read]
     for key, name in names.items():
-        path = open_any(str(name))
-        loaded = load_model(path)
+        loaded = load_model(open_any(str(name)))
         if not is_causal(loaded):
             raise ModelError(f"{name} does not predict the next token; it has no perplexity")
-        for text, row in zip(read, rows, strict=True):
-            cut = first_windows(text, load_tokenizer(tokenizer_folder), window, tokens)
-            score = perplexity(loaded, cut)
+        for windows, row in zip(cut, rows, strict=True):
+            score = perplexity(loaded, windows)
             row |= {key: score.perplexity, "tokens": score.tokens, "window": score.window}
     return {"protocol": PROTOCOL, "models": names, "perplexity": rows}
 
@@ -83,5 +80,4 @@ def _verify(folder: Path) -> bool:
     expected = read_json(folder / "report.json").get("self_check") or {}
     if "ids" not in expected:
         raise CheckpointError(f"{folder / 'report.json'} has no self_check to verify against")
-    output = probe(load_model(folder), torch.tensor([expected["ids"]]))
-    return digest(output) == expected["logits_sha256"]
+    return matches(load_model(folder), expected)

@@ -21,7 +21,7 @@ from blastnn.checkpoint import METHOD, check_factors, install_layers, parse_spec
 from blastnn.errors import CheckpointError
 from blastnn.files import read_json
 from blastnn.linear import StructuredLinear
-from blastnn.models.tensors import TensorFolder
+from blastnn.models.tensors import TensorFolder, find_name
 
 
 @register_quantization_config(METHOD)
@@ -75,8 +75,7 @@ def _check_rest(model: PreTrainedModel, tensors: TensorFolder, prefix: str) -> N
     """Whatever else the model has must be in the files too, tied weights aside."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for name, _ in model.named_parameters():
-        stored = {name, name.removeprefix(prefix), prefix + name}
-        if name not in tied and not any(candidate in tensors for candidate in stored):
+        if name not in tied and find_name(name, prefix, tensors) is None:
             raise CheckpointError(
                 f"{tensors.folder} has no tensor for {name}; the folder is incomplete"
             )

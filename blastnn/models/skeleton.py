@@ -19,6 +19,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from blastnn.errors import CheckpointError, ModelError
 from blastnn.models.families import FAMILIES
 from blastnn.models.source import ModelFolder
+from blastnn.models.tensors import name_variants
 
 # Names that older checkpoints use for the same parameters.
 LEGACY_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -97,9 +98,7 @@ class WeightLoader:
         for alias in (name, self.tied.get(name)):
             if alias is None:
                 continue
-            yield alias
-            yield alias.removeprefix(self.prefix)
-            yield self.prefix + alias
+            yield from name_variants(alias, self.prefix)
             for new, old in LEGACY_NAMES.items():
                 if alias.endswith(new):
                     yield alias.removesuffix(new) + old

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,19 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+def name_variants(name: str, prefix: str) -> tuple[str, str, str]:
+    """A name as it is, without and with the base model's ``prefix`` (e.g. ``"model."``).
+
+    A model saved with or without its head has its base model under another name.
+    """
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def find_name(name: str, prefix: str, known: Container[str]) -> str | None:
+    """The first of ``name_variants`` that is ``known``; None where none is."""
+    return next((variant for variant in name_variants(name, prefix) if variant in known), None)
 
 
 class TensorFolder:
@@ -58,7 +72,7 @@ class TensorFolder:
         """Every tensor name, in the order of the files."""
         return list(self._file_of)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._file_of
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -1,0 +1,107 @@
+"""The command-line options that become ``Options``, each declared once for all commands.
+
+typer reads a command's parameters and knows no groups. A command therefore takes one parameter
+named ``choices``, a dataclass below, and ``unpacked`` shows typer its fields instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from blastnn.compress.options import PRESETS, Options
+from blastnn.errors import PlanError
+from blastnn.factorize import SOLVERS
+from blastnn.structures import STRUCTURES
+
+Share = Annotated[float | None, typer.Option(help="share of the parameters to keep, in (0, 1]")]
+Whose = Annotated[
+    str | None, typer.Option(help="what keep counts: targets (linear layers) or model")
+]
+StructureName = Annotated[str | None, typer.Option(help=f"one of {', '.join(sorted(STRUCTURES))}")]
+Blocks = Annotated[
+    str | None,
+    typer.Option(
+        help="block counts, b or b1,b2, of structures that have blocks; default: for blast the "
+        "preset's (best: 8), else the structure's own (blast: 4)"
+    ),
+]
+Targets = Annotated[list[str] | None, typer.Option(help="pattern of layer names; repeatable")]
+Preset = Annotated[str, typer.Option(help=f"one of {', '.join(sorted(PRESETS))}")]
+Solver = Annotated[str | None, typer.Option(help=f"auto, {', '.join(sorted(SOLVERS))}")]
+Sweeps = Annotated[int | None, typer.Option(help="iterations of the solver")]
+CalibrationTokens = Annotated[
+    int | None, typer.Option("--calibration-tokens", help="tokens to calibrate with")
+]
+Window = Annotated[int | None, typer.Option(help="tokens in a sequence")]
+Damping = Annotated[float | None, typer.Option(help="of the second moments")]
+Dtype = Annotated[str | None, typer.Option(help="of the written tensors")]
+Seed = Annotated[int | None, typer.Option(help="of the solver")]
+
+
+@dataclass(frozen=True)
+class PlanChoices:
+    """What decides a plan: a preset, and the fields of ``Options`` that replace its values."""
+
+    keep: Share = None
+    of: Whose = None
+    structure: StructureName = None
+    blocks: Blocks = None
+    targets: Targets = None
+    preset: Preset = "default"
+
+    def options(self) -> Options:
+        """The options that were chosen.
+
+        Raises:
+            BlastnnError: says which choice is wrong.
+        """
+        parsed = {"blocks": parse_blocks(self.blocks), "targets": tuple(self.targets or ()) or None}
+        return Options.from_preset(**(vars(self) | parsed))
+
+
+@dataclass(frozen=True)
+class JobChoices(PlanChoices):
+    """What decides the bytes of a compressed model, its calibration text aside."""
+
+    solver: Solver = None
+    sweeps: Sweeps = None
+    tokens: CalibrationTokens = None
+    window: Window = None
+    damping: Damping = None
+    dtype: Dtype = None
+    seed: Seed = None
+
+
+def unpacked(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of its parameter ``choices`` as parameters in its place."""
+    signature = inspect.signature(command, eval_str=True)
+    group = signature.parameters["choices"].annotation
+    fields = inspect.signature(group, eval_str=True).parameters
+
+    @wraps(command)
+    def flat(**given: Any) -> None:
+        choices = group(**{name: given.pop(name) for name in fields})
+        command(choices=choices, **given)
+
+    shown: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        shown += fields.values() if name == "choices" else [parameter]
+    flat.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return flat
+
+
+def parse_blocks(text: str | None) -> tuple[int, int] | None:
+    """``"4"`` or ``"4,8"`` as a pair; PlanError otherwise."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not 1 <= len(parts) <= 2 or not all(part.strip().isdigit() for part in parts):
+        raise PlanError(f"--blocks takes one number or two like 4,8, but was given {text!r}")
+    numbers = [int(part) for part in parts]
+    return numbers[0], numbers[-1]

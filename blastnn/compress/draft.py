@@ -1,0 +1,95 @@
+"""A compression drafted: the model found and its layers planned, from ``config.json`` alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from blastnn.compress.options import DTYPES, Options
+from blastnn.compress.plan import LayerPlan, Plan, make_plan, plan_from_file
+from blastnn.compress.walker import Walker
+from blastnn.models.source import ModelFolder, Say, open_model
+
+
+@dataclass
+class Draft:
+    """What is known of a compression before any text or weight has been read."""
+
+    folder: ModelFolder
+    options: Options
+    walker: Walker
+    plan: Plan
+    dtype: torch.dtype
+
+    @property
+    def head(self) -> LayerPlan | None:
+        """The output layer, if it is to be compressed."""
+        outside = [layer for layer in self.plan.compressed if layer.block is None]
+        return outside[0] if outside else None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens to calibrate with: as many as asked for, until a text is cut."""
+        return self.options.tokens
+
+    def output_bytes(self) -> int:
+        """Bytes of the tensors that will be written."""
+        before, after = self.plan.target_params
+        return (self.plan.model_params - before + after) * self.dtype.itemsize
+
+    def memory_bytes(self) -> dict[str, int]:
+        """The parts of the peak memory that can be known in advance."""
+        sizes = [
+            sum(math.prod(_shape(self.walker.model, n)) for n in self.walker.names_of(i))
+            for i in range(len(self.walker.blocks))
+        ]
+        outside = sum(math.prod(_shape(self.walker.model, n)) for n in self.walker.outside)
+        widest = max((layer.in_features for layer in self.plan.compressed), default=0)
+        hidden = self.folder.config.hidden_size
+        return {
+            "block, dense and compressed": 2 * max(sizes) * 4,
+            "hidden states of the calibration text": 2 * self.tokens * hidden * 4,
+            "second moments and their copies": 6 * widest * widest * 8 if self.tokens else 0,
+            "embeddings, while entering": outside * 4,
+        }
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    owner, _, leaf = name.rpartition(".")
+    return tuple(getattr(model.get_submodule(owner), leaf).shape)
+
+
+def draft_job(
+    model: str | Path,
+    options: Options,
+    plan_file: Path | None = None,
+    say: Say = lambda _: None,
+) -> Draft:
+    """Find the model and plan its layers; reads no weight, no text and no tokenizer.
+
+    Args:
+        model: as for ``open_model``.
+        options: what to do.
+        plan_file: a plan written earlier, instead of the uniform one.
+        say: told about downloads.
+
+    Raises:
+        BlastnnError: says what is wrong with which input.
+    """
+    folder = open_model(model, say)
+    walker = Walker(folder)
+    plan = make_plan(walker.model, walker.block_names, options, walker.head, walker.loader.tied)
+    if plan_file is not None:
+        plan = plan_from_file(plan, plan_file, walker.head)
+    return Draft(folder, options, walker, plan, _output_dtype(folder, options))
+
+
+def _output_dtype(folder: ModelFolder, options: Options) -> torch.dtype:
+    if options.dtype is not None:
+        return DTYPES[options.dtype]
+    stored = getattr(folder.config, "dtype", None)
+    return next((dtype for dtype in DTYPES.values() if dtype == stored), torch.float32)

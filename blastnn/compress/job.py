@@ -1,0 +1,132 @@
+"""A compression prepared: drafted, and its calibration text cut into windows.
+
+Nothing here reads a weight, so that a wrong input fails before the long part starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from blastnn.compress.block import LayerRecord
+from blastnn.compress.draft import Draft, draft_job
+from blastnn.compress.options import Options
+from blastnn.compress.plan import LayerPlan, Plan
+from blastnn.errors import CalibrationError
+from blastnn.evaluate.text import Windows, read_text, spread_windows
+from blastnn.models.demo import CALIBRATION
+from blastnn.models.source import DEMO, ModelFolder
+from blastnn.version import __version__
+
+NO_TEXT_WINDOW = 128
+
+
+class Progress:
+    """What a job tells while it runs; the base class is silent."""
+
+    def say(self, message: str) -> None:
+        """A remark, such as a download."""
+
+    def planned(self, plan: Plan, finished: Sequence[LayerRecord]) -> None:
+        """The job is about to start, or to go on behind the ``finished`` layers."""
+
+    def layer(self, plan: LayerPlan, record: LayerRecord) -> None:
+        """A layer is done."""
+
+    def block(self, index: int, total: int) -> None:
+        """A block is written."""
+
+
+@dataclass
+class Job(Draft):
+    """A prepared compression: everything is known but no weight has been read."""
+
+    windows: Windows | None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are to calibrate with."""
+        return 0 if self.windows is None else self.windows.ids.numel()
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the output."""
+        return {
+            "model": self.folder.tensors.sha256(),
+            "options": self.options.to_json(),
+            "plan": self.plan.to_json()["layers"],
+            "calibration": None if self.windows is None else self.windows.sha256,
+            "blastnn": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+    def check_ids(self) -> Tensor:
+        """One window of token ids with which the written model is compared to the one computed."""
+        if self.windows is not None:
+            return self.windows.ids[:1]
+        length = window_length(self.folder, NO_TEXT_WINDOW)
+        ids = torch.arange(length) * 37 % self.folder.config.vocab_size
+        return ids[None]
+
+
+def prepare_job(
+    model: str | Path,
+    options: Options,
+    calibration: Sequence[str | Path] | None,
+    plan_file: Path | None = None,
+    progress: Progress | None = None,
+) -> Job:
+    """Draft the job and cut its calibration text; reads no weight.
+
+    Args:
+        model, options, plan_file: as for ``draft_job``.
+        calibration: text files; None means the default of ``demo``; empty means no data.
+        progress: told about downloads, and later about the job.
+
+    Raises:
+        BlastnnError: says what is wrong with which input.
+    """
+    progress = progress or Progress()
+    draft = draft_job(model, options, plan_file, progress.say)
+    windows = calibration_windows(draft.folder, options, calibration)
+    return Job(**vars(draft), windows=windows, progress=progress)
+
+
+def calibration_windows(
+    folder: ModelFolder,
+    options: Options,
+    calibration: Sequence[str | Path] | None,
+) -> Windows | None:
+    """The calibration text as windows of tokens; None where none is wanted.
+
+    Raises:
+        CalibrationError: a text is needed but not given, or cannot be used.
+    """
+    if calibration is None:
+        if folder.name != DEMO:
+            raise CalibrationError(
+                "give the text to calibrate with (--calibration FILE, repeatable), or "
+                "--calibration none for a data-free factorisation"
+            )
+        calibration = CALIBRATION
+    if not calibration:
+        return None
+    texts = [read_text(source) for source in calibration]
+    window = window_length(folder, options.window)
+    return spread_windows(texts, folder.tokenizer(), window, options.tokens)
+
+
+def window_length(folder: ModelFolder, wanted: int) -> int:
+    """The window length, at most what the model's positions allow."""
+    longest = getattr(folder.config, "max_position_embeddings", None) or wanted
+    if folder.config.model_type == "roberta":
+        longest -= 2  # positions start behind the padding index
+    return min(wanted, longest)

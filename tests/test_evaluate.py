@@ -1,0 +1,44 @@
+"""What ``evaluate`` prints, against transformers' own loss; the self-check tells a changed bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from blastnn.evaluate import score
+from blastnn.evaluate.probe import digest, matches, probe
+from blastnn.integrations.transformers import load_model
+from tests.made_up import TEXT, byte_tokenizer, make_folder, make_model
+
+
+def test_perplexities_of_two_models_on_two_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [make_folder(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.read_text()[500:900])
+    loaded = []
+    load = score.load_tokenizer
+    monkeypatch.setattr(score, "load_tokenizer", lambda path: loaded.append(path) or load(path))
+    dense, model = map(str, folders)
+    found = score.score_models(model, dense, [str(TEXT), str(other)], tokens=128, window=64)
+    assert loaded == [folders[0]]
+    for row, path in zip(found["perplexity"], (TEXT, other), strict=True):
+        ids = torch.tensor(byte_tokenizer()(path.read_text())["input_ids"][:128]).view(2, 64)
+        for key, folder in (("dense", folders[0]), ("model", folders[1])):
+            with torch.no_grad():
+                loss = load_model(folder)(input_ids=ids, labels=ids).loss
+            assert row[key] == pytest.approx(math.exp(float(loss)), rel=1e-5)
+        assert (row["tokens"], row["window"]) == (128, 64)
+
+
+def test_self_check_tells_the_last_bit() -> None:
+    model, ids = make_model("llama"), torch.arange(16)[None]
+    expected = {"ids": ids[0].tolist(), "logits_sha256": digest(probe(model, ids))}
+    assert matches(model, expected)
+    weight = model.model.norm.weight.data
+    weight[0] = torch.nextafter(weight[0], torch.tensor(2.0))
+    assert not matches(model, expected)
