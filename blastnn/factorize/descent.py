@@ -96,10 +96,16 @@ def descend(
         algorithm: a name for the error message.
 
     Raises:
-        FactorizationError: the iterates overflowed.
+        FactorizationError: a negative number of steps, a start of no size, or iterates that
+            overflowed.
     """
     begin = time.perf_counter()
     assert isinstance(spec, Blast)
+    if steps < 0 or not epsilon > 0:
+        raise FactorizationError(
+            f"{algorithm} needs steps of at least 0 and an epsilon above 0 (at U = V = 0 every "
+            f"gradient is zero); given were steps={steps!r}, epsilon={epsilon!r}"
+        )
     deviation = problem.weight.square().mean().sqrt()
     target = _Target.build(problem, spec, deviation, algorithm)
     U, S, V = _random_start(spec, seed, epsilon, like=target.A)

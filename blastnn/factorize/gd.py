@@ -8,7 +8,7 @@ Section 3.2 has lost the size for ``V_j``):
 - ``1 / sigma_1(Ubar_j^T Ubar_j)`` for ``V_j``, where ``Ubar_j`` stacks the ``U_i diag(s_ij)``;
 - ``1 / sigma_1(W_ij)`` for ``s_ij``, ``W_ij = (U_i^T U_i) * (V_j^T V_j)``.
 
-``sigma_1`` is exact, by ``eigvalsh``: an upper bound would be safe too, but would shorten the steps.
+``sigma_1`` is exact, by ``eigvalsh``; an upper bound would be safe too, but would shorten steps.
 
 ``schedule="decay"`` is instead what the paper's Figures 3 and 9 show: one step size for all blocks
 of unknowns, decayed linearly to zero. The paper does not say where it starts, so ``step_size`` has
