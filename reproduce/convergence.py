@@ -5,8 +5,8 @@ The paper leaves the following open; what is done here instead:
 - *GD's first step size.* "Linearly decaying step sizes" is all that it says. Tried are powers of
   ``sqrt(2)`` around ``1 / sigma_1(A)``; the one with the lowest final error is shown, so that GD is
   never seen at less than its best.
-- *The start.* ``epsilon = 1e-3`` for ``A`` of unit root mean square, as in the authors' public
-  code, for every method of the paper.
+- *The start.* ``epsilon = 1e-3`` for ``A`` of unit root mean square, for every method of the paper;
+  the authors' public code has the same, divided by ``sqrt(r)`` besides.
 - *The error.* "Normalized reconstruction error" is read as ``|| A - A^ ||_F / || A ||_F``.
 """
 
