@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
-from blastnn.factorize import als, precgd, svd
+from blastnn.factorize import als, gd, precgd, svd
 from blastnn.factorize.problem import Problem, prepare, shifted_target
 from blastnn.factorize.result import FactorizationResult, Solution
 from blastnn.structures import STRUCTURES, Structure, cast_factors
@@ -25,6 +25,7 @@ from blastnn.structures import STRUCTURES, Structure, cast_factors
 SOLVERS: dict[str, ModuleType] = {
     "als": als,
     "precgd": precgd,
+    "gd": gd,
     "svd": svd,
 }
 

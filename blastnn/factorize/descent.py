@@ -1,0 +1,161 @@
+r"""The loop that the paper's two data-free algorithms share; they differ in their steps alone.
+
+Both minimise equation (4), ``l = 1/2 sum_ij || A_ij - U_i diag(s_ij) V_j^T ||_F^2``, by updating
+all ``U_i``, then all ``V_j``, then all ``s_ij`` (equations (5) to (7)) from the small random start
+of Algorithm 2, ``U, V ~ N(0, epsilon^2)`` and ``S ~ Unif(0, 1)``. Each block of unknowns ``x`` has
+a quadratic loss with a normal matrix ``G``, so its gradient is ``G x - right-hand side``:
+
+- ``U_i``: ``G_i = sum_j (s_ij s_ij^T) * (V_j^T V_j)`` and ``sum_j A_ij V_j diag(s_ij)``;
+- ``V_j``: ``G_j = sum_i (s_ij s_ij^T) * (U_i^T U_i)`` and ``sum_i A_ij^T U_i diag(s_ij)``;
+- ``s_ij``: ``W_ij = (U_i^T U_i) * (V_j^T V_j)`` and ``diag(U_i^T A_ij V_j)``.
+
+No residual is formed, which is the same number for less work, and ``W`` exists for one block row
+at a time. Neither algorithm is free of the matrix's scale, so ``A`` is divided by its root mean
+square first, as in the authors' public code.
+
+Letters: ``i`` block row, ``j`` block column, ``p q`` rows and columns of a block, ``r s`` rank.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from blastnn.errors import FactorizationError
+from blastnn.factorize.blocks import split_blocks
+from blastnn.factorize.problem import Problem
+from blastnn.factorize.result import Solution
+from blastnn.structures import Blast, Structure
+
+EPSILON = 1e-3
+# Below this squared relative error the normal-equation loss has cancelled.
+CANCELLATION = 1e-5
+
+
+class StepRule(Protocol):
+    """What to subtract from a block of unknowns: the whole of what tells two algorithms apart."""
+
+    def __call__(self, k: int, loss: float, gram: Tensor, gradient: Tensor) -> Tensor:
+        """The step for ``gradient (..., r, c)``, given its normal matrix ``gram (..., r, r)``.
+
+        ``k`` counts the iterations from 0; ``loss`` is equation (4) where iteration ``k`` began.
+        """
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The blocks ``A (b1, b2, p, q)`` after scaling, their ``|| A ||^2``, and who is asking."""
+
+    A: Tensor
+    energy: float
+    algorithm: str
+
+    @classmethod
+    def build(cls, problem: Problem, spec: Blast, deviation: Tensor, algorithm: str) -> Self:
+        A = split_blocks(problem.weight / deviation, spec).to(problem.compute_dtype)
+        return cls(A, float(A.double().square().sum()), algorithm)
+
+    def loss(self, U: Tensor, S: Tensor, V: Tensor, right: Tensor, gram: Tensor) -> float:
+        """Equation (4), from the normal equations of ``U`` while those have not cancelled."""
+        double = torch.float64
+        fitted = float(((U @ gram - 2 * right) * U).sum(dtype=double))
+        squared = self.energy + fitted
+        if not squared < float("inf"):
+            raise FactorizationError(
+                f"{self.algorithm} overflowed on this matrix; use solver='als', which cannot"
+            )
+        if squared < CANCELLATION * self.energy:
+            residual = self.A - torch.einsum("ipr,ijr,jqr->ijpq", U, S, V)
+            squared = float(residual.square().sum(dtype=double))
+        return 0.5 * squared
+
+
+def descend(
+    problem: Problem,
+    spec: Structure,
+    seed: int,
+    *,
+    rule: StepRule,
+    steps: int,
+    epsilon: float,
+    algorithm: str,
+) -> Solution:
+    """Run ``steps`` iterations; the history has the start and the error after each of them.
+
+    Args:
+        problem: its second moment is not looked at; the solvers refuse one.
+        spec: a ``Blast``.
+        seed: draws the start.
+        rule: the step of every block of unknowns.
+        epsilon: the standard deviation of ``U`` and ``V`` at the start.
+        algorithm: a name for the error message.
+
+    Raises:
+        FactorizationError: a negative number of steps, a start of no size, or iterates that
+            overflowed.
+    """
+    begin = time.perf_counter()
+    assert isinstance(spec, Blast)
+    if steps < 0 or not epsilon > 0:
+        raise FactorizationError(
+            f"{algorithm} needs steps of at least 0 and an epsilon above 0 (at U = V = 0 every "
+            f"gradient is zero); given were steps={steps!r}, epsilon={epsilon!r}"
+        )
+    deviation = problem.weight.square().mean().sqrt()
+    target = _Target.build(problem, spec, deviation, algorithm)
+    U, S, V = _random_start(spec, seed, epsilon, like=target.A)
+    history = []
+    for k in range(steps + 1):
+        right, gram = _left_normal_equations(target.A, S, V)
+        loss = target.loss(U, S, V, right, gram)
+        history.append((time.perf_counter() - begin, (2 * loss / target.energy) ** 0.5))
+        if k < steps:
+            step = partial(rule, k, loss)
+            U = U - step(gram, (U @ gram - right).mT).mT
+            V, S = _update_right(target.A, U, S, V, step)
+    factors = {"U": U * deviation.to(U), "S": S, "V": V}
+    return Solution(factors, history, f"ran its {steps} steps")
+
+
+def _random_start(
+    spec: Blast, seed: int, epsilon: float, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = spec.factor_shapes()
+    U = epsilon * torch.randn(shapes["U"], generator=generator)
+    V = epsilon * torch.randn(shapes["V"], generator=generator)
+    S = torch.rand(shapes["S"], generator=generator)
+    return U.to(like), S.to(like), V.to(like)
+
+
+def _left_normal_equations(A: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Right-hand sides ``(i, p, r)`` and normal matrices ``(i, r, s)`` of all ``U_i``."""
+    right = torch.einsum("ijpr,ijr->ipr", A @ V[None], S)
+    gram = torch.einsum("ijr,ijs,jrs->irs", S, S, V.mT @ V)
+    return right, gram
+
+
+def _update_right(
+    A: Tensor, U: Tensor, S: Tensor, V: Tensor, step: partial[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """New ``V``, then new ``S``; both need the same products ``A_ij^T U_i``."""
+    products = A.mT @ U[:, None]  # (i, j, q, r)
+    gram_u = U.mT @ U
+    right = torch.einsum("ijqr,ijr->jqr", products, S)
+    gram = torch.einsum("ijr,ijs,irs->jrs", S, S, gram_u)
+    V = V - step(gram, (V @ gram - right).mT).mT
+    gram_v = V.mT @ V
+    diagonals = (products * V).sum(2)  # diag(U_i^T A_ij V_j), (i, j, r)
+    rows = [_updated_row(S[i], gram_u[i] * gram_v, diagonals[i], step) for i in range(S.shape[0])]
+    return V, torch.stack(rows)
+
+
+def _updated_row(S: Tensor, W: Tensor, diagonals: Tensor, step: partial[Tensor]) -> Tensor:
+    """The couplings ``(j, r)`` of one block row; ``W`` is ``(j, r, s)``."""
+    gradient = W @ S[..., None] - diagonals[..., None]
+    return S - step(W, gradient)[..., 0]
