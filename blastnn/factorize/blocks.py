@@ -1,14 +1,14 @@
-"""A dense matrix cut into the blocks of a BLAST spec, zero-padded where they do not divide it."""
+"""A dense matrix cut into the blocks of a spec, zero-padded where they do not divide it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-from blastnn.structures import Blast
+from blastnn.structures.grid import BlockGrid
 
 
-def split_blocks(matrix: Tensor, spec: Blast) -> Tensor:
+def split_blocks(matrix: Tensor, spec: BlockGrid) -> Tensor:
     """``(m, n)`` to ``(b1, b2, p, q)``, contiguous."""
     (b1, b2), (p, q) = spec.blocks, spec.block_shape
     rows, columns = spec.padded_shape
@@ -16,7 +16,7 @@ def split_blocks(matrix: Tensor, spec: Blast) -> Tensor:
     return padded.view(b1, p, b2, q).transpose(1, 2).contiguous()
 
 
-def split_moment(moment: Tensor, spec: Blast) -> Tensor:
+def split_moment(moment: Tensor, spec: BlockGrid) -> Tensor:
     """``(n, n)`` to ``(b2, b2, q, q)``; features that are padding get a one on the diagonal.
 
     The one keeps every diagonal block invertible. It changes nothing else: the padded columns of
