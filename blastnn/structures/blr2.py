@@ -78,7 +78,7 @@ class BLR2(BlockGrid):
         blocks: int | tuple[int, int] = 4,
         **options: Any,
     ) -> Self:
-        """The largest rank that fits, with ``blocks``: ``r (b1 p + b2 q) + b1 b2 r^2 <= params``."""
+        """The largest ``r`` with ``r (b1 p + b2 q) + b1 b2 r^2 <= params``, on ``blocks``."""
         require_positive_int("step", step)
         smallest = cls(out_features, in_features, step, block_pair(blocks), **options)
         couplings = math.prod(smallest.blocks)

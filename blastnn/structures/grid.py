@@ -66,9 +66,8 @@ class BlockGrid(Structure):
     ) -> Self:
         """The largest rank that fits, with ``blocks`` (one number stands for ``b1 = b2``)."""
         one = cls(out_features, in_features, rank=1, blocks=block_pair(blocks), **options)
-        label = (
-            f"{cls.name} {out_features} x {in_features} in {one.blocks[0]} x {one.blocks[1]} blocks"
-        )
+        b1, b2 = one.blocks
+        label = f"{cls.name} {out_features} x {in_features} in {b1} x {b2} blocks"
         rank = rank_for_budget(label, params, one.num_params, step)
         return cls(out_features, in_features, rank=rank, blocks=one.blocks, **options)
 

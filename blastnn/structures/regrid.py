@@ -88,7 +88,7 @@ def _owners(size: int, blocks: int, new: int, old: int) -> Tensor:
 
 
 def _placed(factor: Tensor, size: int, owners: Tensor, new: int, old: int) -> Tensor:
-    """``(b, p, r)`` to ``(b', p', w, r)``: each row in the slot of its old block, zero elsewhere."""
+    """``(b, p, r)`` to ``(b', p', w, r)``: each row in its old block's slot, zero elsewhere."""
     blocks, slots = owners.shape
     rows = factor.flatten(0, 1)[:size]
     cut = pad(rows, (0, 0, 0, blocks * new - size)).view(blocks, new, 1, -1)
