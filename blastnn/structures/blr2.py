@@ -39,11 +39,12 @@ class BLR2(BlockGrid):
         self.check_input(x)
         tokens = x.reshape(-1, self.in_features)
         b2, q = self.blocks[1], self.block_shape[1]
-        columns = pad_last(tokens, b2 * q).view(-1, b2, q).permute(1, 2, 0)  # (b2, q, T)
-        z = torch.bmm(factors["V"].mT, columns)
+        columns = pad_last(tokens, b2 * q).view(-1, b2, q).transpose(0, 1)  # (b2, T, q)
+        z = torch.bmm(columns, factors["V"])
         couple = _few_tokens if tokens.shape[0] <= FEW_TOKENS else _many_tokens
-        y = torch.bmm(factors["U"], couple(z, factors["S"])).flatten(0, 1)  # (b1 p, T)
-        return y[: self.out_features].T.reshape(*x.shape[:-1], self.out_features)
+        y = torch.bmm(couple(z, factors["S"]), factors["U"].mT)  # (b1, T, p)
+        joined = y.transpose(0, 1).reshape(tokens.shape[0], self.padded_shape[0])
+        return joined[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
     def to_dense(self, factors: Factors) -> Tensor:
         """Every block ``U_i S_ij V_j^T`` in its place; padding cut off."""
@@ -95,12 +96,20 @@ class BLR2(BlockGrid):
 
 
 def _few_tokens(z: Tensor, S: Tensor) -> Tensor:
-    """All couplings at once, the input repeated for each: no copy of ``S``. To ``(b1, r, T)``."""
-    return (S @ z.unsqueeze(0)).sum(1)
+    """All couplings at once, the input repeated for each: no copy of ``S``.
+
+    ``(b2, T, r)`` to ``(b1, T, r)``.
+    """
+    repeated = z.expand(S.shape[0], *z.shape).flatten(0, 1)  # (b1 b2, T, r)
+    return torch.bmm(repeated, S.flatten(0, 1).mT).unflatten(0, S.shape[:2]).sum(1)
 
 
 def _many_tokens(z: Tensor, S: Tensor) -> Tensor:
-    """One product with the couplings as a ``(b1 r, b2 r)`` matrix. To ``(b1, r, T)``."""
+    """One product with the couplings as a ``(b1 r, b2 r)`` matrix.
+
+    ``(b2, T, r)`` to ``(b1, T, r)``.
+    """
     b1, b2, r, _ = S.shape
     joined = S.transpose(1, 2).reshape(b1 * r, b2 * r)
-    return (joined @ z.reshape(b2 * r, -1)).view(b1, r, -1)
+    w = z.transpose(0, 1).reshape(-1, b2 * r) @ joined.T  # (T, b1 r)
+    return w.unflatten(1, (b1, r)).transpose(0, 1)
