@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from blastnn.factorize.descent import solver_error
 from blastnn.factorize.problem import Problem
-from blastnn.factorize.projection import solver_error
 from blastnn.factorize.result import Solution
 from blastnn.structures import Structure, Sum, cast_factors
 

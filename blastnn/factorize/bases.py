@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from blastnn.factorize.blocks import split_blocks, split_moment
+from blastnn.factorize.descent import SWEEPS, descend
 from blastnn.factorize.problem import Problem
-from blastnn.factorize.projection import solver_error
 from blastnn.factorize.result import Solution
 from blastnn.factorize.whiten import nearest_low_rank
 from blastnn.structures import BLR2, Structure
@@ -36,9 +36,6 @@ from blastnn.structures import BLR2, Structure
 STRUCTURES = (BLR2,)
 USES_SECOND_MOMENT = True
 
-SWEEPS = 20
-# A sweep that lowers the error by less than this share of it is the last.
-TOLERANCE = 1e-4
 # Directions of H_i C H_i^T weaker than this, relative to the strongest, carry rounding alone.
 RANK_TOLERANCE = 1e-13
 
@@ -48,19 +45,7 @@ def solve(problem: Problem, spec: Structure, seed: int, sweeps: int = SWEEPS) ->
     start = time.perf_counter()
     assert isinstance(spec, BLR2)
     bases = _Bases.build(problem, spec)
-    factors = bases.start()
-    history = [(time.perf_counter() - start, solver_error(problem, spec.to_dense(factors)))]
-    status = f"ran its {sweeps} sweeps"
-    for _ in range(sweeps):
-        candidate, before = bases.sweep(factors), history[-1][1]
-        error = solver_error(problem, spec.to_dense(candidate))
-        if error <= before:
-            factors = candidate
-            history.append((time.perf_counter() - start, error))
-        if not error < before * (1.0 - TOLERANCE):
-            status = "converged: the error no longer falls"
-            break
-    return Solution(factors, history, status)
+    return descend(problem, spec, bases.start(), bases.sweep, sweeps, start)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from blastnn.factorize.blocks import padded_moment
+from blastnn.factorize.descent import SWEEPS, descend, solver_error
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
 from blastnn.factorize.whiten import nearest_low_rank, truncated_svd
@@ -29,10 +30,6 @@ from blastnn.structures.grid import pad_last
 
 STRUCTURES = (BlockDiagonal, BlockLowRank, Monarch)
 USES_SECOND_MOMENT = True
-
-SWEEPS = 20
-# A sweep that lowers the error by less than this share of it is the last.
-TOLERANCE = 1e-4
 
 
 def solve(problem: Problem, spec: Structure, seed: int, sweeps: int = SWEEPS) -> Solution:
@@ -43,18 +40,12 @@ def solve(problem: Problem, spec: Structure, seed: int, sweeps: int = SWEEPS) ->
     else:
         assert isinstance(spec, BlockLowRank)
         if problem.moment is not None:
-            return _sweeps(_Coupled(problem, problem.moment, spec), start, sweeps)
+            coupled = _Coupled(problem.weight, problem.moment, spec)
+            return descend(problem, spec, coupled.start(), coupled.sweep, sweeps, start)
         U, V = truncated_svd(_blocks(problem.weight, spec), spec.rank)
         factors, status = {"U": U, "V": V}, "optimal: truncated SVD of every block"
     error = solver_error(problem, spec.to_dense(factors))
     return Solution(factors, [(time.perf_counter() - start, error)], status)
-
-
-def solver_error(problem: Problem, dense: Tensor) -> float:
-    """The relative error under the damped moment, which is what solvers minimise."""
-    residual = problem.weight - dense
-    weighted = residual if problem.moment is None else residual @ problem.moment
-    return max(float((weighted * residual).sum()) / problem.energy, 0.0) ** 0.5
 
 
 def _diagonal(problem: Problem, spec: BlockDiagonal) -> dict[str, Tensor]:
@@ -89,50 +80,27 @@ def _blocks(matrix: Tensor, spec: BlockLowRank) -> Tensor:
 class _Coupled:
     """Block low-rank with a second moment: rows in the structure's order, columns padded."""
 
-    def __init__(self, problem: Problem, moment: Tensor, spec: BlockLowRank) -> None:
+    def __init__(self, weight: Tensor, moment: Tensor, spec: BlockLowRank) -> None:
         b2, q = spec.blocks[1], spec.block_shape[1]
-        self.spec, self.energy = spec, problem.energy
-        self.weight = _blocks(problem.weight, spec)  # (b1, b2, p, q)
+        self.spec = spec
+        self.weight = _blocks(weight, spec)  # (b1, b2, p, q)
         padded = padded_moment(moment, b2 * q)
         self.moment = padded.view(b2, q, b2, q).transpose(1, 2)  # (k, j, q, w)
         self.factor = torch.linalg.cholesky(self.moment.diagonal().permute(2, 0, 1))
 
-    def start(self) -> tuple[Tensor, Tensor]:
+    def start(self) -> dict[str, Tensor]:
         """Every block in its own metric, as if all others were exact: ``G_ij = A_ij C_jj``."""
         factor = self.factor.expand(self.weight.shape[0], -1, -1, -1)
-        return nearest_low_rank(self.weight @ factor @ factor.mT, factor, self.spec.rank)
+        U, V = nearest_low_rank(self.weight @ factor @ factor.mT, factor, self.spec.rank)
+        return {"U": U, "V": V}
 
-    def sweep(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    def sweep(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each block column in turn, given the others: exact steps."""
-        U, V = U.clone(), V.clone()
+        U, V = factors["U"].clone(), factors["V"].clone()
         residual = self.weight - U @ V.mT  # (b1, b2, p, q)
         for j in range(self.spec.blocks[1]):
             residual[:, j] = self.weight[:, j]
             products = torch.einsum("ikpq,kqw->ipw", residual, self.moment[:, j])
             U[:, j], V[:, j] = nearest_low_rank(products, self.factor[j], self.spec.rank)
             residual[:, j] -= U[:, j] @ V[:, j].mT
-        return U, V
-
-    def error(self, U: Tensor, V: Tensor) -> float:
-        """The relative error under the damped moment."""
-        residual = self.weight - U @ V.mT
-        weighted = torch.einsum("ikpq,kjqw->ijpw", residual, self.moment)
-        return max(float((weighted * residual).sum()) / self.energy, 0.0) ** 0.5
-
-
-def _sweeps(blocks: _Coupled, start: float, sweeps: int) -> Solution:
-    """Sweep until the error no longer falls; what is returned is the best that was seen."""
-    U, V = blocks.start()
-    history = [(time.perf_counter() - start, blocks.error(U, V))]
-    status = f"ran its {sweeps} sweeps"
-    for _ in range(sweeps):
-        before = history[-1][1]
-        next_U, next_V = blocks.sweep(U, V)
-        error = blocks.error(next_U, next_V)
-        if error <= before:
-            U, V = next_U, next_V
-            history.append((time.perf_counter() - start, error))
-        if not error < before * (1.0 - TOLERANCE):
-            status = "converged: the error no longer falls"
-            break
-    return Solution({"U": U, "V": V}, history, status)
+        return {"U": U, "V": V}

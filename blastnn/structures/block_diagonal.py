@@ -78,14 +78,11 @@ class BlockDiagonal(Structure):
 
     def to_dense(self, factors: Factors) -> Tensor:
         """The blocks in their places; padding cut off."""
-        blocks = self.dense_blocks(factors)
+        full = self.rank is None
+        blocks = factors["B"] if full else factors["U"] @ factors["V"].mT  # (b, p, q)
         (p, q), b = self.block_shape, self.blocks
         placed = torch.diag_embed(blocks.permute(1, 2, 0)).permute(2, 0, 3, 1)  # (b, p, b, q)
         return placed.reshape(b * p, b * q)[: self.out_features, : self.in_features]
-
-    def dense_blocks(self, factors: Factors) -> Tensor:
-        """``(b, p, q)``: the diagonal blocks, padding included."""
-        return factors["B"] if self.rank is None else factors["U"] @ factors["V"].mT
 
     def init(
         self,
