@@ -139,7 +139,9 @@ def test_relative_error_is_weighted_by_the_second_moment(solver, structure, samp
 @data_aware_pair
 def test_the_second_moment_is_worth_something(solver, structure):
     weight, spec = normal(24, 20), small_spec(structure, 24, 20, 0.4)
-    moment = moment_of(20, 200, decay=1.5)
+    # Features of different size that also depend on each other: blocks can use either.
+    mixing = torch.linalg.qr(normal(20, 20, seed=5)).Q
+    moment = mixing @ moment_of(20, 200, decay=1.5) @ mixing.T
     aware = quick(weight, spec, moment, solver=solver).relative_error
     blind = quick(weight, spec, solver=solver)
     assert aware < 0.8 * independent_error(weight, spec, blind.factors, moment)
@@ -231,7 +233,10 @@ def test_thin_matrices(solver, structure, shape):
 def test_a_rank_larger_than_the_matrix_is_exact(solver, structure, weighted, share):
     moment = moment_of(13, 60) if weighted else None
     weight = normal(9, 13, dtype=torch.float32)
-    for spec in specs_of(structure, 9, 13, share):
+    # A spec that stays below the matrix's size, such as a few diagonal blocks, cannot hold it.
+    specs = [spec for spec in specs_of(structure, 9, 13, share) if spec.num_params >= 9 * 13]
+    assert specs
+    for spec in specs:
         result = quick(weight, spec, moment, solver=solver)
         assert result.relative_error < (0.7 if solver in ITERATIVE else 1e-5)
         assert all(f.isfinite().all() for f in result.factors.values())

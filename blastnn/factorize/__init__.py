@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
-from blastnn.factorize import als, gd, precgd, svd
+from blastnn.factorize import als, alternate, bases, gd, precgd, projection, svd
+from blastnn.factorize.joint import JointResult, joint_low_rank
 from blastnn.factorize.problem import Problem, prepare, shifted_target
 from blastnn.factorize.result import FactorizationResult, Solution
 from blastnn.structures import STRUCTURES, Structure, cast_factors
@@ -27,6 +28,9 @@ SOLVERS: dict[str, ModuleType] = {
     "precgd": precgd,
     "gd": gd,
     "svd": svd,
+    "projection": projection,
+    "bases": bases,
+    "alternate": alternate,
 }
 
 
@@ -140,10 +144,12 @@ def _unscaled(
 __all__ = [
     "SOLVERS",
     "FactorizationResult",
+    "JointResult",
     "Problem",
     "automatic_table",
     "choose_solver",
     "factorize",
+    "joint_low_rank",
     "prepare",
     "shifted_target",
 ]

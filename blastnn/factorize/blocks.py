@@ -1,14 +1,14 @@
-"""A dense matrix cut into the blocks of a BLAST spec, zero-padded where they do not divide it."""
+"""A dense matrix cut into the blocks of a spec, zero-padded where they do not divide it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-from blastnn.structures import Blast
+from blastnn.structures.grid import BlockGrid
 
 
-def split_blocks(matrix: Tensor, spec: Blast) -> Tensor:
+def split_blocks(matrix: Tensor, spec: BlockGrid) -> Tensor:
     """``(m, n)`` to ``(b1, b2, p, q)``, contiguous."""
     (b1, b2), (p, q) = spec.blocks, spec.block_shape
     rows, columns = spec.padded_shape
@@ -16,14 +16,20 @@ def split_blocks(matrix: Tensor, spec: Blast) -> Tensor:
     return padded.view(b1, p, b2, q).transpose(1, 2).contiguous()
 
 
-def split_moment(moment: Tensor, spec: Blast) -> Tensor:
-    """``(n, n)`` to ``(b2, b2, q, q)``; features that are padding get a one on the diagonal.
+def split_moment(moment: Tensor, spec: BlockGrid) -> Tensor:
+    """``(n, n)`` to ``(b2, b2, q, q)``; padding as in ``padded_moment``."""
+    b2, q = spec.blocks[1], spec.block_shape[1]
+    padded = padded_moment(moment, b2 * q)
+    return padded.view(b2, q, b2, q).transpose(1, 2).contiguous()
+
+
+def padded_moment(moment: Tensor, size: int) -> Tensor:
+    """``(n, n)`` to ``(size, size)``; features that are padding get a one on the diagonal.
 
     The one keeps every diagonal block invertible. It changes nothing else: the padded columns of
     the weight are zero, so the solution is zero there.
     """
-    b2, q = spec.blocks[1], spec.block_shape[1]
-    n, missing = moment.shape[0], b2 * q - moment.shape[0]
+    n, missing = moment.shape[0], size - moment.shape[0]
     padded = pad(moment, (0, missing, 0, missing))
     padded.diagonal()[n:] = 1.0
-    return padded.view(b2, q, b2, q).transpose(1, 2).contiguous()
+    return padded

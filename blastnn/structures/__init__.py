@@ -8,13 +8,22 @@ from typing import Any
 from blastnn.errors import StructureError
 from blastnn.structures.base import Factors, Structure, cast_factors
 from blastnn.structures.blast import Blast
+from blastnn.structures.block_diagonal import BlockDiagonal
+from blastnn.structures.block_low_rank import BlockLowRank, Monarch
+from blastnn.structures.blr2 import BLR2
 from blastnn.structures.lowrank import LowRank
+from blastnn.structures.sum import Sum
 
 STRUCTURES: dict[str, type[Structure]] = {
     structure.name: structure
     for structure in (
         Blast,
         LowRank,
+        BlockDiagonal,
+        BlockLowRank,
+        Monarch,
+        BLR2,
+        Sum,
     )
 }
 
@@ -43,11 +52,16 @@ def spec_from_json(values: Mapping[str, Any]) -> Structure:
 
 
 __all__ = [
+    "BLR2",
     "STRUCTURES",
     "Blast",
+    "BlockDiagonal",
+    "BlockLowRank",
     "Factors",
     "LowRank",
+    "Monarch",
     "Structure",
+    "Sum",
     "cast_factors",
     "spec_from_json",
     "structure_named",

@@ -95,14 +95,17 @@ class Structure(ABC):
         changed: dict[str, Any] = {"rank": vars(self)["rank"] + step}
         return replace(self, **changed)
 
-    def scaled(self, factors: Factors, exponent: int) -> dict[str, Tensor]:
-        """Factors of ``2**exponent`` times the matrix; a power of two changes no digit.
+    def scaled(self, factors: Factors, exponent: float) -> dict[str, Tensor]:
+        """Factors of ``2**exponent`` times the matrix; a whole exponent changes no digit.
 
         Here for a matrix that is linear in each factor: they share the exponent, so that none
-        leaves its range.
+        leaves its range, and the first takes the fraction.
         """
-        count = len(self.factor_shapes())
-        shares = {key: (exponent + i) // count for i, key in enumerate(self.factor_shapes())}
+        count, whole = len(self.factor_shapes()), math.floor(exponent)
+        shares: dict[str, float] = {
+            key: (whole + i) // count for i, key in enumerate(self.factor_shapes())
+        }
+        shares[next(iter(shares))] += exponent - whole
         return {
             key: factor * 2.0 ** shares[key] if key in shares else factor
             for key, factor in factors.items()

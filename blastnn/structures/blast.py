@@ -1,29 +1,24 @@
 r"""BLAST (arXiv 2410.21262, Section 2): ``A_ij = U_i diag(s_ij) V_j^T``.
 
 Layout: ``U (b1, p, r)``, ``S (b1, b2, r)``, ``V (b2, q, r)`` with ``p = ceil(m / b1)`` and
-``q = ceil(n / b2)``. A dimension that its block count does not divide is padded with zeros: the
-last rows of the last blocks exist in the factors (and are counted), but no input reaches them and
-no output shows them. Parameters and multiplications per token: ``r (b1 p + b2 q + b1 b2)``.
+``q = ceil(n / b2)``, zero-padded where that does not divide (see ``grid.py``).
+Parameters and multiplications per token: ``r (b1 p + b2 q + b1 b2)``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from blastnn.errors import StructureError
 from blastnn.structures.base import (
     Factors,
-    Structure,
     generator,
-    rank_for_budget,
-    require_positive_int,
     seeded_normal,
 )
+from blastnn.structures.grid import BlockGrid, pad_last
 
 # Up to this many tokens the coupling is a broadcast product; beyond it, a batched product over
 # the rank, which never builds the (b1, b2, tokens, r) tensor. Measured in benchmarks/.
@@ -31,44 +26,10 @@ FEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Blast(Structure):
+class Blast(BlockGrid):
     """A ``b1 x b2`` block matrix with factors shared along block rows and block columns."""
 
-    rank: int
-    blocks: tuple[int, int]
     name: ClassVar[str] = "blast"
-    example_options = (
-        {"blocks": (1, 1)},
-        {"blocks": (2, 2)},
-        {"blocks": (3, 2)},
-        {"blocks": (2, 5)},
-        {"blocks": (5, 7)},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_int("rank", self.rank)
-        object.__setattr__(self, "blocks", _pair(self.blocks))
-        for given, size, word in zip(
-            self.blocks, (self.out_features, self.in_features), ("row", "column"), strict=True
-        ):
-            if given > size:
-                raise StructureError(
-                    f"{given} {word} blocks do not fit a {self.out_features} x {self.in_features} "
-                    f"matrix with {size} {word}s; give at most {size}"
-                )
-
-    @property
-    def block_shape(self) -> tuple[int, int]:
-        """``(p, q)``, the rows and columns of one block, padding included."""
-        (b1, b2) = self.blocks
-        return -(-self.out_features // b1), -(-self.in_features // b2)
-
-    @property
-    def padded_shape(self) -> tuple[int, int]:
-        """``(b1 p, b2 q)``: the matrix shape rounded up to whole blocks."""
-        (b1, b2), (p, q) = self.blocks, self.block_shape
-        return b1 * p, b2 * q
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """``U (b1, p, r)``, ``S (b1, b2, r)``, ``V (b2, q, r)``."""
@@ -81,7 +42,7 @@ class Blast(Structure):
         U, S, V = factors["U"], factors["S"], factors["V"]
         b2, q = self.blocks[1], self.block_shape[1]
         tokens = x.reshape(-1, self.in_features)
-        columns = _pad_last(tokens, b2 * q).view(-1, b2, q)  # (T, b2, q)
+        columns = pad_last(tokens, b2 * q).view(-1, b2, q)  # (T, b2, q)
         multiply = _few_tokens if columns.shape[0] <= FEW_TOKENS else _many_tokens
         y = multiply(columns, U, S, V)  # (T, b1 p)
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
@@ -115,23 +76,6 @@ class Blast(Structure):
             "V": std * seeded_normal(shapes["V"], seed, 2, dtype, device),
         }
 
-    @classmethod
-    def for_budget(
-        cls,
-        out_features: int,
-        in_features: int,
-        params: int,
-        *,
-        step: int = 1,
-        blocks: int | tuple[int, int] = 4,
-        **options: Any,
-    ) -> Self:
-        """The largest rank that fits, with ``blocks`` (one number stands for ``b1 = b2``)."""
-        one = cls(out_features, in_features, rank=1, blocks=_pair(blocks), **options)
-        label = f"BLAST {out_features} x {in_features} in {one.blocks[0]} x {one.blocks[1]} blocks"
-        rank = rank_for_budget(label, params, one.num_params, step)
-        return cls(out_features, in_features, rank=rank, blocks=one.blocks, **options)
-
 
 def _few_tokens(columns: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     """Algorithm 1 as in the paper's Figure 8: the coupling by broadcasting. ``(T, b2, q)`` in."""
@@ -148,11 +92,6 @@ def _many_tokens(columns: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     return y.reshape(U.shape[0] * U.shape[1], columns.shape[0]).T
 
 
-def _pad_last(x: Tensor, size: int) -> Tensor:
-    """Zeros appended to the last dimension up to ``size``; no copy where nothing is missing."""
-    return x if x.shape[-1] == size else pad(x, (0, size - x.shape[-1]))
-
-
 def _uniform(
     shape: tuple[int, ...], seed: int, stream: int, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
@@ -160,13 +99,3 @@ def _uniform(
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
     return (2 * torch.rand(shape, generator=generator(seed, stream))).to(device=device, dtype=dtype)
-
-
-def _pair(blocks: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    """``b`` or ``(b1, b2)`` as a checked pair."""
-    pair = (blocks, blocks) if isinstance(blocks, int) else blocks
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise StructureError(f"blocks must be one number or a pair (b1, b2), but is {blocks!r}")
-    for value in pair:
-        require_positive_int("blocks", value)
-    return pair[0], pair[1]
