@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
-from blastnn.factorize import als, precgd, svd
+from blastnn.factorize import als, precgd, sparse, svd
 from blastnn.factorize.problem import Problem, prepare, shifted_target
 from blastnn.factorize.result import FactorizationResult, Solution
 from blastnn.structures import STRUCTURES, Structure, cast_factors
@@ -26,6 +26,7 @@ SOLVERS: dict[str, ModuleType] = {
     "als": als,
     "precgd": precgd,
     "svd": svd,
+    "sparse": sparse,
 }
 
 

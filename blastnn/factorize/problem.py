@@ -54,6 +54,10 @@ class Problem:
             return 0.0 if residual <= 0.0 else math.inf
         return math.sqrt(max(residual, 0.0) / total)
 
+    def solver_error(self, dense: Tensor) -> float:
+        """The relative error that solvers descend: under the damped moment, in float64."""
+        return math.sqrt(max(_energy(self.weight - dense, self.moment), 0.0) / self.energy)
+
 
 def _energy(weight: Tensor, moment: Tensor | None) -> float:
     weighted = weight if moment is None else weight @ moment

@@ -8,13 +8,17 @@ from typing import Any
 from blastnn.errors import StructureError
 from blastnn.structures.base import Factors, Structure, cast_factors
 from blastnn.structures.blast import Blast
+from blastnn.structures.block_sparse import SparseLowRank
 from blastnn.structures.lowrank import LowRank
+from blastnn.structures.pixelfly import Pixelfly
 
 STRUCTURES: dict[str, type[Structure]] = {
     structure.name: structure
     for structure in (
         Blast,
         LowRank,
+        Pixelfly,
+        SparseLowRank,
     )
 }
 
@@ -47,6 +51,8 @@ __all__ = [
     "Blast",
     "Factors",
     "LowRank",
+    "Pixelfly",
+    "SparseLowRank",
     "Structure",
     "cast_factors",
     "spec_from_json",
