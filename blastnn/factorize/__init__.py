@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
-from blastnn.factorize import als, precgd, sparse, svd
+from blastnn.factorize import als, masks, precgd, sparse, svd
 from blastnn.factorize.problem import Problem, prepare, shifted_target
 from blastnn.factorize.result import FactorizationResult, Solution
 from blastnn.structures import STRUCTURES, Structure, cast_factors
@@ -27,6 +27,7 @@ SOLVERS: dict[str, ModuleType] = {
     "precgd": precgd,
     "svd": svd,
     "sparse": sparse,
+    "masks": masks,
 }
 
 

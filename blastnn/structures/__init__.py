@@ -9,6 +9,7 @@ from blastnn.errors import StructureError
 from blastnn.structures.base import Factors, Structure, cast_factors
 from blastnn.structures.blast import Blast
 from blastnn.structures.block_sparse import SparseLowRank
+from blastnn.structures.gblr import GBLR
 from blastnn.structures.lowrank import LowRank
 from blastnn.structures.pixelfly import Pixelfly
 
@@ -16,6 +17,7 @@ STRUCTURES: dict[str, type[Structure]] = {
     structure.name: structure
     for structure in (
         Blast,
+        GBLR,
         LowRank,
         Pixelfly,
         SparseLowRank,
@@ -47,6 +49,7 @@ def spec_from_json(values: Mapping[str, Any]) -> Structure:
 
 
 __all__ = [
+    "GBLR",
     "STRUCTURES",
     "Blast",
     "Factors",
