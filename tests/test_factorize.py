@@ -40,6 +40,7 @@ QUICK = {
     "als": {"sweeps": 8},
     "precgd": {"steps": 40},
     "sparse": {"sweeps": 8},
+    "fit": {"steps": 15},
 }
 
 
