@@ -50,7 +50,7 @@ STEPS = 300
 SIGMAS = (1.0, 100.0)
 # The part of the steps over which the allowed share falls to the budget. Early is better: boxes
 # that narrow under a still smooth mask find their places. Mean errors of 48 x 40 matrices made of 4
-# and of 8 boxes: 0.10 and 0.16 at 0.15, 0.10 and 0.19 at 0.3, 0.37 and 0.23 at 0.6. More steps gain
+# and of 8 boxes: 0.11 and 0.16 at 0.15, 0.10 and 0.19 at 0.3, 0.37 and 0.23 at 0.6. More steps gain
 # nothing: which minimum is found is chance.
 NARROWING = 0.2
 # Step sizes: of U and V relative to their root mean square, of widths and locations as they are.
