@@ -36,7 +36,13 @@ data_aware_pair = pytest.mark.parametrize(
     ("solver", "structure"), [pair for pair in FITTING if SOLVERS[pair[0]].USES_SECOND_MOMENT]
 )
 # Enough for a solver that iterates to get somewhere on a tiny matrix.
-QUICK = {"als": {"sweeps": 8}, "gd": {"steps": 40}, "precgd": {"steps": 40}}
+QUICK = {
+    "als": {"sweeps": 8},
+    "gd": {"steps": 40},
+    "precgd": {"steps": 40},
+    "sparse": {"sweeps": 8},
+    "fit": {"steps": 15},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

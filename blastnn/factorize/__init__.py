@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
-from blastnn.factorize import als, alternate, bases, gd, precgd, projection, svd
+from blastnn.factorize import als, alternate, bases, fit, gd, masks, precgd, projection, sparse, svd
 from blastnn.factorize.joint import JointResult, joint_low_rank
 from blastnn.factorize.problem import Problem, prepare, shifted_target
 from blastnn.factorize.result import FactorizationResult, Solution
@@ -31,15 +31,20 @@ SOLVERS: dict[str, ModuleType] = {
     "projection": projection,
     "bases": bases,
     "alternate": alternate,
+    "sparse": sparse,
+    "masks": masks,
+    "fit": fit,
 }
 
 
 def automatic_table() -> dict[str, str]:
     """Which solver ``"auto"`` means for each registered structure: the first one that fits it."""
-    return {
-        name: next((key for key, m in SOLVERS.items() if structure in m.STRUCTURES), "none")
-        for name, structure in STRUCTURES.items()
-    }
+    return {name: _first_fitting(structure) for name, structure in STRUCTURES.items()}
+
+
+def _first_fitting(structure: type[Structure]) -> str:
+    """Never empty: ``fit``, the last solver, takes every structure, registered or not."""
+    return next(key for key, m in SOLVERS.items() if issubclass(structure, m.STRUCTURES))
 
 
 def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = False) -> str:
@@ -49,9 +54,7 @@ def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = Fal
         FactorizationError: unknown, not made for this structure, or data-free while ``weighted``.
     """
     if solver == "auto":
-        solver = automatic_table().get(spec.name, "none")
-        if solver == "none":
-            raise FactorizationError(f"no registered solver fits a {spec.name}")
+        solver = _first_fitting(type(spec))
     if solver not in SOLVERS:
         raise FactorizationError(f"unknown solver {solver!r}; choose from auto, {sorted(SOLVERS)}")
     module = SOLVERS[solver]

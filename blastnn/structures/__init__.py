@@ -10,8 +10,11 @@ from blastnn.structures.base import Factors, Structure, cast_factors
 from blastnn.structures.blast import Blast
 from blastnn.structures.block_diagonal import BlockDiagonal
 from blastnn.structures.block_low_rank import BlockLowRank, Monarch
+from blastnn.structures.block_sparse import SparseLowRank
 from blastnn.structures.blr2 import BLR2
+from blastnn.structures.gblr import GBLR
 from blastnn.structures.lowrank import LowRank
+from blastnn.structures.pixelfly import Pixelfly
 from blastnn.structures.sum import Sum
 
 STRUCTURES: dict[str, type[Structure]] = {
@@ -23,6 +26,9 @@ STRUCTURES: dict[str, type[Structure]] = {
         BlockLowRank,
         Monarch,
         BLR2,
+        Pixelfly,
+        SparseLowRank,
+        GBLR,
         Sum,
     )
 }
@@ -53,6 +59,7 @@ def spec_from_json(values: Mapping[str, Any]) -> Structure:
 
 __all__ = [
     "BLR2",
+    "GBLR",
     "STRUCTURES",
     "Blast",
     "BlockDiagonal",
@@ -60,6 +67,8 @@ __all__ = [
     "Factors",
     "LowRank",
     "Monarch",
+    "Pixelfly",
+    "SparseLowRank",
     "Structure",
     "Sum",
     "cast_factors",

@@ -61,6 +61,10 @@ class Structure(ABC):
         """The shape of every index factor (int64); most structures have none."""
         return {}
 
+    def step_factors(self) -> frozenset[str]:
+        """The floating-point factors in which the matrix moves in steps: their gradient is zero."""
+        return frozenset()
+
     @abstractmethod
     def matmul(self, x: Tensor, factors: Factors) -> Tensor:
         """``x @ to_dense(factors).T``: ``(..., n)`` to ``(..., m)``, without the dense matrix."""
