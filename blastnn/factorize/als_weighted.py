@@ -86,7 +86,7 @@ class WeightedSweep:
         moved = torch.einsum("kjcqw,kcwr->kjqcr", self.moment, V).contiguous()
         for j in range(V.shape[1]):
             # H_cj for all c: a product over i for every r.
-            H = S.permute(0, 3, 2, 1) @ (gram * S[:, None, :, j])  # (k, r, c, t)
+            H = S.permute(0, 3, 2, 1).contiguous() @ (gram * S[:, None, :, j])  # (k, r, c, t)
             own = H[:, :, j].clone()
             H[:, :, j] = 0.0
             others = H.transpose(1, 2).flatten(1, 2)  # (k, c r, t)
@@ -109,7 +109,7 @@ class WeightedSweep:
         S, by_rank = state.S.clone(), gram.transpose(1, 2)  # (k, t, i, r), symmetric in r and t
         for j in range(S.shape[2]):
             M = products[j]  # (k, c, t, r)
-            explained = S.permute(0, 3, 1, 2) @ M.transpose(1, 2)  # (k, t, i, r)
+            explained = S.permute(0, 3, 1, 2).contiguous() @ M.transpose(1, 2)  # (k, t, i, r)
             gap = (projected[:, j] * state.U).sum(2) - (explained * by_rank).sum(1)  # (k, i, r)
             change = solve_rows(gram * M[:, None, j], gap[:, :, None], ridge, self.notes)
             S[:, :, j] += change[:, :, 0] * omega.to(S)[:, None, None]
@@ -120,7 +120,7 @@ class WeightedSweep:
         """``G_i = sum_jc (s_ij s_ic^T) * M_jc``, ``(k, i, r, t)``."""
         total: Tensor | None = None
         for j in range(S.shape[2]):
-            explained = S.permute(0, 3, 1, 2) @ products[j].transpose(1, 2)  # (k, t, i, r)
+            explained = S.permute(0, 3, 1, 2).contiguous() @ products[j].transpose(1, 2)  # (k, t, i, r)
             explained *= S[:, None, :, j]
             total = explained if total is None else total.add_(explained)
         assert total is not None
