@@ -9,7 +9,7 @@ from blastnn.compress.api import compress_checkpoint
 from blastnn.compress.in_memory import CompressionResult, compress
 from blastnn.compress.options import Options
 from blastnn.errors import BlastnnError
-from blastnn.factorize import FactorizationResult, factorize
+from blastnn.factorize import FactorizationResult, factorize, factorize_many
 from blastnn.integrations.transformers import load_model
 from blastnn.linear import StructuredLinear
 from blastnn.structures import Blast, LowRank, Structure
@@ -28,6 +28,7 @@ __all__ = [
     "compress",
     "compress_checkpoint",
     "factorize",
+    "factorize_many",
     "integrations",
     "load_model",
 ]

@@ -1,8 +1,9 @@
 """Dense matrix (and the statistics of its inputs) in, factors out.
 
 A solver is a module with ``STRUCTURES``, the spec types it fits; ``USES_SECOND_MOMENT``; and
-``solve(problem, spec, seed, **options) -> Solution``. A new one is one file here and one line in
-``SOLVERS``, whose order is the whole of what ``solver="auto"`` knows: the first that fits.
+``solve(problem, spec, seed, **options) -> Solution``; ``solve_many(problems, ...)`` if it can work
+on several at once. A new one is one file here and one line in ``SOLVERS``, whose order is the whole
+of what ``solver="auto"`` knows: the first that fits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -69,7 +71,18 @@ def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = Fal
     return solver
 
 
-@torch.no_grad()
+def explain_solver(spec: Structure) -> str:
+    """What ``solver="auto"`` runs for ``spec``, what it passes over, and why, in one sentence."""
+    fitting = [name for name, module in SOLVERS.items() if isinstance(spec, module.STRUCTURES)]
+    chosen, *others = fitting
+    moment = "uses" if SOLVERS[chosen].USES_SECOND_MOMENT else "would ignore"
+    rest = f", before {', '.join(others)}" if others else ""
+    return (
+        f"{chosen}: the first solver of the table that fits a {spec.name}{rest}; "
+        f"it {moment} a second moment"
+    )
+
+
 def factorize(
     weight: Tensor,
     spec: Structure,
@@ -94,20 +107,98 @@ def factorize(
     Raises:
         FactorizationError: inputs that cannot be worked with; it names them.
     """
+    return factorize_many([weight], spec, [second_moment], solver, seed, dtype, **options)[0]
+
+
+@torch.no_grad()
+def factorize_many(
+    weights: Sequence[Tensor],
+    spec: Structure,
+    second_moments: Sequence[Tensor | None] | Tensor | None = None,
+    solver: str = "auto",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> list[FactorizationResult]:
+    """Factorise several weights of one shape, in one batched solve where the solver can.
+
+    Args:
+        weights: a sequence of matrices, or one tensor ``(k, out_features, in_features)``.
+        second_moments: one for each weight, or one ``(in_features, in_features)`` for all.
+        spec, solver, seed, dtype, options: as for ``factorize``.
+
+    Returns:
+        A result for each weight; in a batch ``seconds`` and the history's clock are the batch's.
+
+    Raises:
+        FactorizationError: inputs that cannot be worked with, or lists of different lengths.
+    """
     start = time.perf_counter()
+    moments = _one_each(second_moments, len(weights))
+    given = any(moment is not None for moment in moments)
+    name = choose_solver(spec, solver, weighted=given)
+    _check_options(name, options)
+    for weight in weights:
+        _check_shape(weight, spec)
+    problems = [prepare(w, moment) for w, moment in zip(weights, moments, strict=True)]
+    solutions = _solve_all(problems, spec, seed, name, options)
+    return [
+        _result(problem, spec, solution, dtype or weight.dtype, name, start)
+        for problem, solution, weight in zip(problems, solutions, weights, strict=True)
+    ]
+
+
+def _one_each(
+    moments: Sequence[Tensor | None] | Tensor | None, count: int
+) -> Sequence[Tensor | None]:
+    if moments is None or (isinstance(moments, Tensor) and moments.ndim == 2):
+        return [moments] * count
+    if len(moments) != count:
+        raise FactorizationError(
+            f"give a second moment for each of the {count} weights, or one for all of them, "
+            f"instead of {len(moments)}"
+        )
+    return list(moments)
+
+
+def _check_shape(weight: Tensor, spec: Structure) -> None:
     if tuple(weight.shape) != (spec.out_features, spec.in_features):
         raise FactorizationError(
             f"{spec} describes a {spec.out_features} x {spec.in_features} matrix, but the weight "
             f"has {tuple(weight.shape)}"
         )
-    name = choose_solver(spec, solver, weighted=second_moment is not None)
-    _check_options(name, options)
-    problem = prepare(weight, second_moment)
-    if problem.energy <= 0.0:
-        solution = _zero_solution(spec, weight)
+
+
+def _solve_all(
+    problems: list[Problem], spec: Structure, seed: int, solver: str, options: dict[str, Any]
+) -> list[Solution]:
+    """Solutions in order: zero weights at once, the others together if they are alike."""
+    module = SOLVERS[solver]
+    found = {
+        index: _zero_solution(problem, spec)
+        for index, problem in enumerate(problems)
+        if problem.energy <= 0.0
+    }
+    rest = {index: problem for index, problem in enumerate(problems) if index not in found}
+    alike = {(problem.compute_dtype, problem.moment is None) for problem in rest.values()}
+    if hasattr(module, "solve_many") and len(alike) == 1:
+        together = module.solve_many(list(rest.values()), spec, seed, **options)
+        found.update(zip(rest, together, strict=True))
     else:
-        solution = SOLVERS[name].solve(problem, spec, seed, **options)
-    factors = _unscaled(solution.factors, spec, problem.scale, dtype or weight.dtype)
+        found.update((i, module.solve(p, spec, seed, **options)) for i, p in rest.items())
+    return [found[index] for index in range(len(problems))]
+
+
+def _result(
+    problem: Problem,
+    spec: Structure,
+    solution: Solution,
+    dtype: torch.dtype,
+    solver: str,
+    start: float,
+) -> FactorizationResult:
+    """The solution in the weight's scale and dtype, with the error of these very factors."""
+    factors = _unscaled(solution.factors, spec, problem.scale, dtype)
     dense = spec.to_dense(cast_factors(factors, torch.float64)) / problem.scale
     return FactorizationResult(
         factors=factors,
@@ -115,7 +206,7 @@ def factorize(
         history=solution.history,
         status=solution.status,
         seconds=time.perf_counter() - start,
-        solver=name,
+        solver=solver,
         notes=solution.notes,
     )
 
@@ -127,11 +218,11 @@ def _check_options(solver: str, options: dict[str, Any]) -> None:
         raise FactorizationError(f"solver {solver!r} has no option {unknown[0]!r}; it has {known}")
 
 
-def _zero_solution(spec: Structure, weight: Tensor) -> Solution:
+def _zero_solution(problem: Problem, spec: Structure) -> Solution:
     """A weight that its inputs cannot tell from zero has exact zero factors."""
     zeros = {
         name: torch.zeros_like(factor) if factor.is_floating_point() else factor
-        for name, factor in spec.init(device=weight.device).items()
+        for name, factor in spec.init(device=problem.weight.device).items()
     }
     return Solution(zeros, [(0.0, 0.0)], "exact: the weight is zero on its inputs")
 
@@ -151,7 +242,9 @@ __all__ = [
     "Problem",
     "automatic_table",
     "choose_solver",
+    "explain_solver",
     "factorize",
+    "factorize_many",
     "joint_low_rank",
     "prepare",
     "shifted_target",

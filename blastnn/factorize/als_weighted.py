@@ -118,9 +118,10 @@ class WeightedSweep:
     @staticmethod
     def _left_gram(S: Tensor, products: _Products) -> Tensor:
         """``G_i = sum_jc (s_ij s_ic^T) * M_jc``, ``(k, i, r, t)``."""
+        by_rank = S.permute(0, 3, 1, 2).contiguous()  # (k, t, i, c)
         total: Tensor | None = None
         for j in range(S.shape[2]):
-            explained = S.permute(0, 3, 1, 2).contiguous() @ products[j].transpose(1, 2)  # (k, t, i, r)
+            explained = by_rank @ products[j].transpose(1, 2)  # (k, t, i, r)
             explained *= S[:, None, :, j]
             total = explained if total is None else total.add_(explained)
         assert total is not None

@@ -1,0 +1,115 @@
+"""Does our solver's time grow with size as its operations do, and how much memory does it take?
+
+Square made-up matrices, ``n`` from 256 to 8192 at a fixed ``rank / n``: seconds of one sweep (the
+median of several), its operations, and the slopes of both on a log-log scale. Then the peak of the
+resident memory of one process that factorises an 11008 x 4096 matrix, 16 x 16 blocks, rank 1488.
+Each size runs in a process of its own.
+
+    python benchmarks/solver_cost.py [--sizes 256 512 1024 2048 4096 8192] [--share 0.5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+import numpy as np
+
+from benchmarks.matrices import made_up
+from blastnn.factorize import factorize
+from blastnn.structures import Blast
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+LARGE = (11008, 4096, 16, 1488)
+
+
+def sweep_operations(m: int, n: int, blocks: int, rank: int) -> float:
+    """Operations of one data-free sweep, two for each multiplication and addition.
+
+    Two passes over ``A``; Gram matrices and triangular solves of both factors; the couplings.
+    """
+    passes = 4 * m * n * rank
+    grams = 2 * (m + n) * rank**2
+    solves = 2 * (m + n) * rank**2 + 2 * blocks * rank**3 / 3
+    couplings = blocks**2 * rank**2 * 2 * (1 + 5 + 2 + 2)
+    return passes + grams + solves + couplings
+
+
+def one(m: int, n: int, blocks: int, rank: int, sweeps: int) -> dict[str, float]:
+    """Factorise one made-up matrix in this process; seconds a sweep and peak memory."""
+    weight = made_up(m, n)
+    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = factorize(weight, Blast(m, n, rank=rank, blocks=(blocks, blocks)), sweeps=sweeps)
+    times = [seconds for seconds, _ in result.history]
+    return {
+        "start": times[0],
+        "sweep": median(b - a for a, b in zip(times, times[1:], strict=False)),
+        "seconds": result.seconds,
+        "error": result.relative_error,
+        "before_mib": baseline / 1024,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def in_process(*arguments: int) -> dict[str, float]:
+    """``one`` in a fresh process."""
+    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def slope(sizes: list[int], values: list[float]) -> float:
+    """Of a straight line through the logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def main() -> None:
+    """Print both slopes, the memory, and write the plot."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--one", type=int, nargs=5, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(one(*given.one)))
+        return
+    seconds, operations = [], []
+    for n in given.sizes:
+        rank = math.floor(given.share * n / 2)
+        found = in_process(n, n, given.blocks, rank, 3 if n > 4000 else 8)
+        seconds.append(found["sweep"])
+        operations.append(sweep_operations(n, n, given.blocks, rank))
+        rate = operations[-1] / seconds[-1] / 1e9
+        print(
+            f"n={n} rank={rank}: start {found['start']:.3f} s, sweep {found['sweep']:.4f} s, "
+            f"{rate:.0f} GFLOP/s, peak {found['peak_mib']:.0f} MiB",
+            flush=True,
+        )
+    slopes = slope(given.sizes, seconds), slope(given.sizes, operations)
+    print(f"slope of the seconds {slopes[0]:.2f}, of the operations {slopes[1]:.2f}", flush=True)
+    large = in_process(*LARGE, 3)
+    print(f"{LARGE}: sweep {large['sweep']:.1f} s, peak {large['peak_mib']:.0f} MiB resident")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    figure, axis = plt.subplots(figsize=(5, 4))
+    axis.loglog(given.sizes, seconds, "o-", label=f"seconds a sweep, slope {slopes[0]:.2f}")
+    ideal = [value * seconds[-1] / operations[-1] for value in operations]
+    axis.loglog(given.sizes, ideal, ":", label=f"operations, slope {slopes[1]:.2f}")
+    axis.set_xlabel("n")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(given.folder / "solver_cost.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""How much sooner does our solver reach the error of the literal Algorithm 2?
+
+For every weight of one block of the demo model, half the parameters, without data: Algorithm 2 for
+K = 300 steps and ``als`` are run in turns, and compared at the medians of several turns. Printed is
+the time ``als`` takes to the error that Algorithm 2 ends with, and the error ``als`` has after the
+time Algorithm 2 takes. Low rank (SVD) and independent blocks (a truncated SVD for each) with as
+many parameters show what cheaper structures reach. Writes a table and a plot of error over time.
+
+    python benchmarks/solver_speed.py [--blocks 4 16] [--turns 3] [--kinds q k v o gate up down]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+import torch
+
+from benchmarks.matrices import KINDS, real_weights
+from blastnn.factorize import FactorizationResult, factorize
+from blastnn.structures import STRUCTURES, Blast, Structure
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+SWEEPS = 300
+
+
+def time_to(result: FactorizationResult, error: float) -> float:
+    """Seconds until the history is at most ``error``; infinite where it never is."""
+    return next((seconds for seconds, found in result.history if found <= error), float("inf"))
+
+
+def error_at(result: FactorizationResult, seconds: float) -> float:
+    """The last error of the history before ``seconds``."""
+    return min(error for when, error in result.history if when <= seconds)
+
+
+def compare(kind: str, weight: torch.Tensor, blocks: int, turns: int) -> dict[str, object]:
+    """One row of the table; both solvers in turns within one run."""
+    m, n = weight.shape
+    spec = Blast.for_budget(m, n, m * n // 2, blocks=blocks)
+    literal, ours = [], []
+    for _ in range(turns):
+        ours.append(factorize(weight, spec, solver="als", sweeps=SWEEPS))
+        literal.append(factorize(weight, spec, solver="precgd"))
+    target = literal[0].history[-1][1]
+    slow = median(result.history[-1][0] for result in literal)
+    fast = median(time_to(result, target) for result in ours)
+    later = median(error_at(result, slow) for result in ours)
+    return {
+        "kind": kind,
+        "blocks": blocks,
+        "rank": spec.rank,
+        "literal error": target,
+        "literal seconds": slow,
+        "als seconds": fast,
+        "times faster": slow / fast,
+        "als error then": later,
+        "less error": 1.0 - later / target,
+        "lowrank": other(weight, STRUCTURES["lowrank"], {}),
+        "blr": other(weight, STRUCTURES["blr"], {"blocks": (blocks, blocks)}),
+        "histories": {"Algorithm 2": literal[0].history, "als": ours[0].history},
+    }
+
+
+def other(weight: torch.Tensor, structure: type[Structure], options: dict[str, object]) -> float:
+    """The plain relative error of another structure with half the parameters."""
+    m, n = weight.shape
+    return factorize(weight, structure.for_budget(m, n, m * n // 2, **options)).relative_error
+
+
+def plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Error over seconds, one panel a matrix."""
+    figure, axes = plt.subplots(len(rows), 1, figsize=(7, 2.2 * len(rows)), squeeze=False)
+    for row, axis in zip(rows, axes[:, 0], strict=True):
+        for name, history in row["histories"].items():  # type: ignore[attr-defined]
+            seconds, errors = zip(*history, strict=True)
+            axis.semilogx([max(s, 1e-3) for s in seconds], errors, label=name)
+        axis.axhline(row["lowrank"], linestyle=":", color="grey", label="low rank (SVD)")
+        axis.set_ylim(0.9 * row["als error then"], 1.05 * row["lowrank"])  # type: ignore[operator]
+        axis.set_title(f"{row['kind']}, {row['blocks']} x {row['blocks']} blocks", fontsize=9)
+        axis.legend(fontsize=7)
+    axes[-1, 0].set_xlabel("seconds")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print the table; write it and the plot."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks"))
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    weights, rows = real_weights(), []
+    print(f"{torch.get_num_threads()} threads; half the parameters; seconds, relative errors")
+    for blocks in given.blocks:
+        for kind in given.kinds:
+            row = compare(kind, weights[kind], blocks, given.turns)
+            rows.append(row)
+            cells = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)]
+            print(f"{kind} b={blocks} r={row['rank']}: " + ", ".join(cells), flush=True)
+            (given.folder / "solver_speed.json").write_text(json.dumps(rows))
+    plot(rows, given.folder / "solver_speed.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Relative errors of every registered structure at equal parameters, on real matrices.
+
+All seven kinds of weight of one block of the demo model, each structure with its automatic solver
+and block counts of 2, 4, 8 and 16, once plainly and once weighted by the second moment of the
+weight's inputs. Resumes: finished cells are kept in the JSON file.
+
+    python benchmarks/structures.py [--keep 0.5] [--blocks 2 4 8 16] [--kinds q gate down]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from benchmarks.matrices import KINDS, real_moments, real_weights
+from blastnn.errors import StructureError
+from blastnn.factorize import choose_solver, factorize
+from blastnn.structures import STRUCTURES, Structure
+
+# Options that set the number of blocks; structures that are not here have none to set.
+BLOCK_OPTIONS = {
+    "blast": lambda b: {"blocks": (b, b)},
+    "blr": lambda b: {"blocks": (b, b)},
+    "monarch": lambda b: {"blocks": (b, b)},
+    "blr2": lambda b: {"blocks": (b, b)},
+    "blockdiag": lambda b: {"blocks": b},
+    "sparse_lowrank": lambda b: {"grid": (b, b)},
+    "pixelfly": lambda b: {"grid": b},
+}
+SWEEPS = {"als": {"sweeps": 60}}
+
+
+def cells(blocks: list[int]) -> list[tuple[str, int | None]]:
+    """Structures with each block count, or None for structures without blocks."""
+    return [
+        (name, b)
+        for name in STRUCTURES
+        for b in (blocks if name in BLOCK_OPTIONS else [None])  # type: ignore[list-item]
+    ]
+
+
+def fit(weight: Tensor, moment: Tensor | None, name: str, b: int | None, keep: float) -> float:
+    """The relative error of one cell; NaN where the structure does not fit the budget."""
+    m, n = weight.shape
+    options = {} if b is None else BLOCK_OPTIONS[name](b)
+    try:
+        spec: Structure = STRUCTURES[name].for_budget(m, n, int(keep * m * n), **options)
+    except StructureError:
+        return float("nan")
+    extra = SWEEPS.get(choose_solver(spec), {})
+    return factorize(weight, spec, moment, **extra).relative_error
+
+
+def main() -> None:
+    """Print one table for each weighting."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--file", type=Path, default=Path("runs/benchmarks/structures.json"))
+    given = parser.parse_args()
+    given.file.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(given.file.read_text()) if given.file.exists() else {}
+    weights, moments = real_weights(), real_moments()
+    for weighted in (False, True):
+        print(f"keep {given.keep}, {'data-weighted' if weighted else 'plain'}")
+        for name, b in cells(given.blocks):
+            row = []
+            for kind in given.kinds:
+                key = f"{given.keep}/{weighted}/{name}/{b}/{kind}"
+                if key not in found:
+                    moment = moments[kind] if weighted else None
+                    found[key] = fit(weights[kind], moment, name, b, given.keep)
+                    given.file.write_text(json.dumps(found))
+                row.append(found[key])
+            label = name if b is None else f"{name} {b}"
+            print(f"| {label} | " + " | ".join(f"{e:.3f}" for e in row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

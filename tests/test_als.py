@@ -1,0 +1,219 @@
+"""The parts of our own solver, each against a slow version that is obviously right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from blastnn.errors import FactorizationError
+from blastnn.factorize import factorize, factorize_many, prepare
+from blastnn.factorize.als_free import FreeSweep
+from blastnn.factorize.als_state import (
+    State,
+    Sweeper,
+    descend_couplings,
+    solve_rows,
+    weighted_gram,
+)
+from blastnn.factorize.als_weighted import WeightedSweep
+from blastnn.structures import Blast
+from tests.matrices import independent_error, moment_of, normal
+
+SPECS = [
+    Blast(24, 18, rank=5, blocks=(4, 3)),
+    Blast(18, 24, rank=5, blocks=(3, 4)),
+    Blast(23, 17, rank=4, blocks=(3, 4)),
+    Blast(13, 29, rank=3, blocks=(2, 5)),
+]
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+both_kinds = pytest.mark.parametrize("weighted", [False, True], ids=["free", "weighted"])
+
+
+def problem_of(spec: Blast, weighted: bool, seed: int = 0) -> tuple[Sweeper, State, Tensor]:
+    """A sweeper in float64, random factors for it, and the moment it uses."""
+    m, n = spec.out_features, spec.in_features
+    moment = moment_of(n, 5 * n, seed=seed + 9, decay=0.5) if weighted else None
+    problem = prepare(normal(m, n, seed=seed), moment)
+    sweeper = (WeightedSweep if weighted else FreeSweep)([problem], spec)
+    shapes = spec.factor_shapes()
+    U, S, V = (normal(*shape, seed=seed + i)[None] for i, shape in enumerate(shapes.values()))
+    U.view(-1, spec.rank)[m:] = 0.0  # rows of padding are zero at every solver's start, and stay so
+    V.view(-1, spec.rank)[n:] = 0.0
+    return sweeper, State(U, S, V), torch.eye(n).double() if moment is None else problem.moment
+
+
+def loss(spec: Blast, sweeper: Sweeper, moment: Tensor, factors: dict[str, Tensor]) -> Tensor:
+    """The objective through the dense matrix."""
+    residual = sweeper.problems[0].weight - spec.to_dense(factors)
+    return ((residual @ moment) * residual).sum()
+
+
+def gradients(
+    spec: Blast, sweeper: Sweeper, moment: Tensor, state: State
+) -> tuple[dict[str, Tensor], float]:
+    factors = {name: f.clone().requires_grad_() for name, f in state.one(0).items()}
+    value = loss(spec, sweeper, moment, factors)
+    value.backward()
+    return {name: f.grad for name, f in factors.items()}, float(value.detach())
+
+
+NO_RIDGE = torch.zeros(1, dtype=torch.float64)
+EXACT = torch.ones(1, dtype=torch.float64)
+
+
+@every_spec
+@both_kinds
+def test_an_exact_sweep_ends_where_its_last_factor_has_no_gradient(spec, weighted):
+    sweeper, state, moment = problem_of(spec, weighted)
+    before, _ = gradients(spec, sweeper, moment, state)
+    swept, _ = sweeper.sweep(state, EXACT, NO_RIDGE)
+    after, _ = gradients(spec, sweeper, moment, swept)
+    # Without data V is last, or U for a wide matrix, which is solved transposed.
+    wide = spec.out_features < spec.in_features
+    last = "U" if weighted or wide else "V"
+    assert float(after[last].norm()) < 1e-9 * float(before[last].norm())
+
+
+@every_spec
+@both_kinds
+def test_the_error_of_a_sweep_is_that_of_its_factors(spec, weighted):
+    sweeper, state, moment = problem_of(spec, weighted)
+    for omega in (1.0, 1.3):
+        swept, error = sweeper.sweep(state, EXACT * omega, NO_RIDGE)
+        _, value = gradients(spec, sweeper, moment, swept)
+        expected = (value / sweeper.problems[0].energy) ** 0.5
+        assert float(error) == pytest.approx(expected, rel=1e-9)
+        assert float(sweeper.error(swept)) == pytest.approx(expected, rel=1e-9)
+
+
+@both_kinds
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    spec=st.sampled_from(SPECS),
+    omega=st.floats(0.2, 1.9),
+)
+def test_a_sweep_never_raises_the_error(weighted, seed, spec, omega):
+    sweeper, state, _ = problem_of(spec, weighted, seed)
+    before = float(sweeper.error(state))
+    for _ in range(3):
+        state, error = sweeper.sweep(state, EXACT * omega, NO_RIDGE)
+        assert float(error) <= before * (1 + 1e-9)
+        before = float(error)
+
+
+@every_spec
+def test_an_identity_moment_changes_nothing_but_the_damping(spec):
+    weight = normal(spec.out_features, spec.in_features)
+    moment = torch.eye(spec.in_features, dtype=torch.float64)
+    free = factorize(weight, spec, sweeps=200)
+    weighted = factorize(weight, spec, moment, sweeps=200)
+    # Two orders of the same exact steps: local minima may differ a little, not the quality.
+    assert weighted.relative_error == pytest.approx(free.relative_error, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [(48, 40), (40, 48)])
+def test_without_noise_the_error_vanishes(shape):
+    spec = Blast(*shape, rank=4, blocks=(4, 4))
+    weight = spec.to_dense(spec.init(seed=0, dtype=torch.float64))
+    result = factorize(weight, spec, sweeps=300)
+    assert result.history[0][1] > 0.2
+    assert result.relative_error < 1e-9
+
+
+@both_kinds
+def test_a_batch_is_its_members(weighted):
+    spec = Blast(24, 18, rank=5, blocks=(4, 3))
+    weights = [normal(24, 18, seed=seed) for seed in range(3)]
+    moments = [moment_of(18, 60, seed=seed) if weighted else None for seed in range(3)]
+    together = factorize_many(weights, spec, moments, sweeps=12)
+    for weight, moment, result in zip(weights, moments, together, strict=True):
+        alone = factorize(weight, spec, moment, sweeps=12)
+        assert result.relative_error == pytest.approx(alone.relative_error, rel=1e-9)
+        assert len(result.history) == len(alone.history)
+        expected = independent_error(weight, spec, result.factors, moment)
+        assert result.relative_error == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_batch_may_be_a_tensor_with_one_moment_for_all():
+    spec, moment = Blast(24, 18, rank=5, blocks=(4, 3)), moment_of(18, 60)
+    weights = torch.stack([normal(24, 18, seed=seed, dtype=torch.float32) for seed in range(2)])
+    results = factorize_many(weights, spec, moment, sweeps=5)
+    for weight, result in zip(weights, results, strict=True):
+        expected = independent_error(weight, spec, result.factors, moment)
+        assert result.relative_error == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_zero_matrix_in_a_batch_leaves_the_others_alone():
+    spec = Blast(24, 18, rank=5, blocks=(4, 3))
+    weights = [normal(24, 18), torch.zeros(24, 18).double(), normal(24, 18, seed=1)]
+    first, zero, last = factorize_many(weights, spec, sweeps=5)
+    assert zero.relative_error == 0.0
+    assert not spec.to_dense(zero.factors).any()
+    assert 0.0 < first.relative_error < 1.0
+    assert 0.0 < last.relative_error < 1.0
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_batch_with_too_few_or_many_moments_is_refused(count):
+    spec, moments = Blast(24, 18, rank=5, blocks=(4, 3)), [moment_of(18, 60)] * count
+    with pytest.raises(FactorizationError, match="each of the 2 weights"):
+        factorize_many([normal(24, 18), normal(24, 18, seed=1)], spec, moments)
+
+
+def test_an_empty_batch_has_no_results():
+    assert factorize_many([], Blast(24, 18, rank=5, blocks=(4, 3))) == []
+
+
+def positive(*shape: int, seed: int = 0) -> Tensor:
+    """Well-conditioned symmetric positive definite matrices."""
+    root = normal(*shape[:-1], 3 * shape[-1], seed=seed)
+    return root @ root.mT
+
+
+def test_rows_are_solved():
+    G, right = positive(2, 3, 5, 5), normal(2, 3, 7, 5, seed=1)
+    notes: list[list[str]] = [[], []]
+    solved = solve_rows(G, right, torch.zeros(2).double(), notes)
+    torch.testing.assert_close(solved @ G, right)
+    assert notes == [[], []]
+
+
+def test_an_indefinite_normal_matrix_is_lifted_and_noted():
+    G = positive(2, 3, 5, 5)
+    G[1, 2] -= 1.5 * torch.linalg.eigvalsh(G[1, 2])[0] * torch.eye(5)
+    notes: list[list[str]] = [[], []]
+    solved = solve_rows(G, normal(2, 3, 7, 5), torch.zeros(2).double(), notes)
+    assert solved.isfinite().all()
+    assert notes[0] == []
+    assert "not positive definite" in notes[1][0]
+
+
+def test_couplings_descend_to_the_solution():
+    W, right, start = positive(3, 6, 6), normal(3, 6, seed=1), normal(3, 6, seed=2)
+    exact = torch.linalg.solve(W, right)
+    torch.testing.assert_close(descend_couplings(W, right, start, 30), exact)
+
+    def objective(x: Tensor) -> Tensor:
+        return 0.5 * torch.einsum("kr,krt,kt->k", x, W, x) - (x * right).sum(-1)
+
+    values = [objective(descend_couplings(W, right, start, steps)) for steps in range(5)]
+    assert all((b < a).all() for a, b in zip(values, values[1:], strict=False))
+
+
+def test_couplings_that_are_solved_already_stay():
+    W, solution = positive(3, 6, 6), normal(3, 6, seed=2)
+    right = (W @ solution[..., None])[..., 0]
+    torch.testing.assert_close(descend_couplings(W, right, solution, 4), solution)
+    assert (
+        descend_couplings(torch.zeros(2, 6, 6), torch.zeros(2, 6), torch.ones(2, 6), 4).eq(1).all()
+    )
+
+
+def test_weighted_gram_is_the_sum_it_says():
+    scales, gram = normal(2, 3, 4, 5), normal(3, 4, 5, 5, seed=1)
+    expected = torch.einsum("kijr,ijrt,kijt->kirt", scales, gram, scales)
+    torch.testing.assert_close(weighted_gram(scales, gram), expected)
