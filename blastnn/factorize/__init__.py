@@ -12,6 +12,7 @@ import inspect
 import math
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -19,23 +20,25 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
-from blastnn.factorize import als, alternate, bases, fit, gd, masks, precgd, projection, sparse, svd
 from blastnn.factorize.joint import JointResult, joint_low_rank
 from blastnn.factorize.problem import Problem, prepare, shifted_target
 from blastnn.factorize.result import FactorizationResult, Solution
 from blastnn.structures import STRUCTURES, Structure, cast_factors
 
 SOLVERS: dict[str, ModuleType] = {
-    "als": als,
-    "precgd": precgd,
-    "gd": gd,
-    "svd": svd,
-    "projection": projection,
-    "bases": bases,
-    "alternate": alternate,
-    "sparse": sparse,
-    "masks": masks,
-    "fit": fit,
+    name: import_module(f"{__name__}.{name}")
+    for name in (
+        "als",
+        "precgd",
+        "gd",
+        "svd",
+        "projection",
+        "bases",
+        "alternate",
+        "sparse",
+        "masks",
+        "fit",
+    )
 }
 
 

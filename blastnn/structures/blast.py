@@ -19,12 +19,14 @@ from blastnn.structures.base import (
     seeded_normal,
 )
 from blastnn.structures.grid import BlockGrid, pad_last
+from blastnn.structures.registry import register
 
 # Up to this many tokens the coupling is a broadcast product; beyond it, a batched product over
 # the rank, which never builds the (b1, b2, tokens, r) tensor. Measured in benchmarks/.
 FEW_TOKENS = 16
 
 
+@register
 @dataclass(frozen=True)
 class Blast(BlockGrid):
     """A ``b1 x b2`` block matrix with factors shared along block rows and block columns."""

@@ -22,8 +22,10 @@ from blastnn.structures.base import (
     seeded_normal,
 )
 from blastnn.structures.grid import block_pair, check_blocks_fit, pad_last
+from blastnn.structures.registry import register
 
 
+@register
 @dataclass(frozen=True)
 class BlockDiagonal(Structure):
     """``blocks`` diagonal blocks: full where ``rank`` is None, else of that rank.

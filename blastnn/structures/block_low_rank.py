@@ -23,8 +23,10 @@ from torch.nn.functional import pad
 from blastnn.structures.base import Factors, seeded_normal
 from blastnn.structures.blast import FEW_TOKENS
 from blastnn.structures.grid import BlockGrid, pad_last
+from blastnn.structures.registry import register
 
 
+@register
 @dataclass(frozen=True)
 class BlockLowRank(BlockGrid):
     """A ``b1 x b2`` block matrix whose blocks are of rank at most ``rank`` each."""
@@ -78,6 +80,7 @@ class BlockLowRank(BlockGrid):
         }
 
 
+@register
 @dataclass(frozen=True)
 class Monarch(BlockLowRank):
     """Block low-rank whose row ``l b1 + j`` is row ``l`` of block row ``j``."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from blastnn.errors import StructureError
 from blastnn.structures.base import Factors, generator, require_positive_int
+from blastnn.structures.registry import register
 from blastnn.structures.sparse_plus_low_rank import (
     SparsePlusLowRank,
     check_share,
@@ -26,6 +27,7 @@ DEFAULT_GRID = 16
 PLACES_STREAM = 3
 
 
+@register
 @dataclass(frozen=True)
 class SparseLowRank(SparsePlusLowRank):
     """``kept`` blocks of a ``grid`` anywhere in the matrix, plus rank ``rank``.

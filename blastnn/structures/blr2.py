@@ -21,8 +21,10 @@ from blastnn.errors import StructureError
 from blastnn.structures.base import Factors, require_positive_int, seeded_normal
 from blastnn.structures.blast import FEW_TOKENS
 from blastnn.structures.grid import BlockGrid, block_pair, pad_last
+from blastnn.structures.registry import register
 
 
+@register
 @dataclass(frozen=True)
 class BLR2(BlockGrid):
     """A ``b1 x b2`` block matrix with shared bases of ``rank`` columns and full couplings."""

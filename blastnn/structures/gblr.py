@@ -40,11 +40,13 @@ from blastnn.structures.base import (
     require_positive_int,
     seeded_normal,
 )
+from blastnn.structures.registry import register
 
 # The vectors of widths and locations, with the values that make every mask all ones.
 FULL_BOXES = {"widths_out": 1.0, "locations_out": 0.0, "widths_in": 1.0, "locations_in": 0.0}
 
 
+@register
 @dataclass(frozen=True)
 class GBLR(Structure):
     """``rank`` components, each on a box of its own; ``sigma`` is None for exact boxes."""

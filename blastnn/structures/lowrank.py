@@ -15,8 +15,10 @@ from blastnn.structures.base import (
     require_positive_int,
     seeded_normal,
 )
+from blastnn.structures.registry import register
 
 
+@register
 @dataclass(frozen=True)
 class LowRank(Structure):
     """A matrix of rank at most ``rank``: ``U (m, r)`` times ``V (n, r)`` transposed."""

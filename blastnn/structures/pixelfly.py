@@ -21,6 +21,7 @@ from torch import Tensor
 
 from blastnn.errors import StructureError
 from blastnn.structures.base import Factors, require_positive_int
+from blastnn.structures.registry import register
 from blastnn.structures.sparse_plus_low_rank import (
     SparsePlusLowRank,
     check_share,
@@ -31,6 +32,7 @@ from blastnn.structures.sparse_plus_low_rank import (
 DEFAULT_GRID = 16
 
 
+@register
 @dataclass(frozen=True)
 class Pixelfly(SparsePlusLowRank):
     """Block butterfly on a ``grid x grid`` grid with ``bands`` off-diagonals, plus rank ``rank``.

@@ -17,11 +17,13 @@ from blastnn.errors import StructureError
 from blastnn.structures.base import Factors, Structure
 from blastnn.structures.block_diagonal import BlockDiagonal
 from blastnn.structures.lowrank import LowRank
+from blastnn.structures.registry import register
 
 PREFIXES = ("first_", "second_")
 Value = TypeVar("Value")
 
 
+@register
 @dataclass(frozen=True)
 class Sum(Structure):
     """Two structures of the same shape, added.
