@@ -48,12 +48,12 @@ class Schedule:
     """
 
     sweeps: int = 40
-    omega: float = 1.3
+    omega: float = 1.35
     momentum_start: float = 0.3
     momentum_growth: float = 0.1
     momentum_end: float = 0.9
     tolerance: float = 1e-4
-    coupling_noise: float = 0.5
+    coupling_noise: float = 0.9
 
 
 def solve(problem: Problem, spec: Structure, seed: int, sweeps: int = Schedule.sweeps) -> Solution:

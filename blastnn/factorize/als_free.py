@@ -28,7 +28,7 @@ from blastnn.structures import Blast
 # Block rows are taken together while their products of size b2 r^2 stay this small: in a CPU's
 # cache, or large enough to fill a GPU.
 CHUNK_NUMBERS = {"cpu": 2**20, "cuda": 2**28}
-COUPLING_STEPS = 4
+COUPLING_STEPS = 2
 
 
 class FreeSweep:

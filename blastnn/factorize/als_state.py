@@ -41,6 +41,8 @@ class State:
 
     def where(self, chosen: Tensor, other: State) -> State:
         """This state for the ``chosen`` problems, a bool mask ``(k,)``; ``other`` elsewhere."""
+        if bool(chosen.all()):
+            return self
         mask = chosen[:, None, None, None].to(self.U.device)
         pairs = zip(self.tensors(), other.tensors(), strict=True)
         return State(*(torch.where(mask, mine, theirs) for mine, theirs in pairs))

@@ -9,9 +9,10 @@ a quadratic loss with a normal matrix ``G``, so its gradient is ``G x - right-ha
 - ``V_j``: ``G_j = sum_i (s_ij s_ij^T) * (U_i^T U_i)`` and ``sum_i A_ij^T U_i diag(s_ij)``;
 - ``s_ij``: ``W_ij = (U_i^T U_i) * (V_j^T V_j)`` and ``diag(U_i^T A_ij V_j)``.
 
-No residual is formed, which is the same number for less work, and ``W`` exists for one block row
-at a time. Neither algorithm is free of the matrix's scale, so ``A`` is divided by its root mean
-square first, as in the authors' public code.
+No residual is formed, which is the same number for less work; each product with ``A`` is one matrix
+product a block row; and ``W`` exists for a few block rows at a time. Neither algorithm is free of
+the matrix's scale, so ``A`` is divided by its root mean square first, as in the authors' public
+code.
 
 Letters: ``i`` block row, ``j`` block column, ``p q`` rows and columns of a block, ``r s`` rank.
 """
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
+from blastnn.factorize.als_free import CHUNK_NUMBERS
+from blastnn.factorize.als_state import weighted_gram
 from blastnn.factorize.blocks import split_blocks
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
@@ -41,7 +44,7 @@ class StepRule(Protocol):
     """What to subtract from a block of unknowns: the whole of what tells two algorithms apart."""
 
     def __call__(self, k: int, loss: float, gram: Tensor, gradient: Tensor) -> Tensor:
-        """The step for ``gradient (..., r, c)``, given its normal matrix ``gram (..., r, r)``.
+        """The step for ``gradient (..., c, r)``, given its normal matrix ``gram (..., r, r)``.
 
         ``k`` counts the iterations from 0; ``loss`` is equation (4) where iteration ``k`` began.
         """
@@ -49,7 +52,7 @@ class StepRule(Protocol):
 
 @dataclass(frozen=True)
 class _Target:
-    """The blocks ``A (b1, b2, p, q)`` after scaling, their ``|| A ||^2``, and who is asking."""
+    """The block rows ``A (b1, p, b2 q)`` after scaling, their ``|| A ||^2``, and who is asking."""
 
     A: Tensor
     energy: float
@@ -57,20 +60,20 @@ class _Target:
 
     @classmethod
     def build(cls, problem: Problem, spec: Blast, deviation: Tensor, algorithm: str) -> Self:
-        A = split_blocks(problem.weight / deviation, spec).to(problem.compute_dtype)
+        blocks = split_blocks(problem.weight / deviation, spec).to(problem.compute_dtype)
+        A = blocks.transpose(1, 2).flatten(2).contiguous()
         return cls(A, float(A.double().square().sum()), algorithm)
 
-    def loss(self, U: Tensor, S: Tensor, V: Tensor, right: Tensor, gram: Tensor) -> float:
-        """Equation (4), from the normal equations of ``U`` while those have not cancelled."""
+    def loss(self, U: Tensor, S: Tensor, V: Tensor, right: Tensor, moved: Tensor) -> float:
+        """Equation (4), from ``moved = U G`` and ``right`` unless those have cancelled."""
         double = torch.float64
-        fitted = float(((U @ gram - 2 * right) * U).sum(dtype=double))
-        squared = self.energy + fitted
+        squared = self.energy + float(((moved - 2 * right) * U).sum(dtype=double))
         if not squared < float("inf"):
             raise FactorizationError(
                 f"{self.algorithm} overflowed on this matrix; use solver='als', which cannot"
             )
         if squared < CANCELLATION * self.energy:
-            residual = self.A - torch.einsum("ipr,ijr,jqr->ijpq", U, S, V)
+            residual = self.A - U @ (S[:, :, None] * V).flatten(1, 2).mT
             squared = float(residual.square().sum(dtype=double))
         return 0.5 * squared
 
@@ -112,11 +115,12 @@ def descend(
     history = []
     for k in range(steps + 1):
         right, gram = _left_normal_equations(target.A, S, V)
-        loss = target.loss(U, S, V, right, gram)
+        moved = U @ gram
+        loss = target.loss(U, S, V, right, moved)
         history.append((time.perf_counter() - begin, (2 * loss / target.energy) ** 0.5))
         if k < steps:
             step = partial(rule, k, loss)
-            U = U - step(gram, (U @ gram - right).mT).mT
+            U = U - step(gram, moved - right)
             V, S = _update_right(target.A, U, S, V, step)
     factors = {"U": U * deviation.to(U), "S": S, "V": V}
     return Solution(factors, history, f"ran its {steps} steps")
@@ -135,27 +139,33 @@ def _random_start(
 
 def _left_normal_equations(A: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """Right-hand sides ``(i, p, r)`` and normal matrices ``(i, r, s)`` of all ``U_i``."""
-    right = torch.einsum("ijpr,ijr->ipr", A @ V[None], S)
-    gram = torch.einsum("ijr,ijs,jrs->irs", S, S, V.mT @ V)
-    return right, gram
+    right = A @ (S[:, :, None] * V).flatten(1, 2)
+    gram = V.mT @ V
+    return right, torch.cat([weighted_gram(S[rows], gram) for rows in _chunks(S, gram)])
 
 
 def _update_right(
     A: Tensor, U: Tensor, S: Tensor, V: Tensor, step: partial[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """New ``V``, then new ``S``; both need the same products ``A_ij^T U_i``."""
-    products = A.mT @ U[:, None]  # (i, j, q, r)
+    products = (A.mT @ U).unflatten(1, V.shape[:2])  # (i, j, q, r)
     gram_u = U.mT @ U
-    right = torch.einsum("ijqr,ijr->jqr", products, S)
-    gram = torch.einsum("ijr,ijs,irs->jrs", S, S, gram_u)
-    V = V - step(gram, (V @ gram - right).mT).mT
+    right = (products * S[:, :, None]).sum(0)
+    columns = S.transpose(0, 1)
+    gram = torch.cat([weighted_gram(columns[c], gram_u) for c in _chunks(columns, gram_u)])
+    V = V - step(gram, V @ gram - right)
     gram_v = V.mT @ V
     diagonals = (products * V).sum(2)  # diag(U_i^T A_ij V_j), (i, j, r)
-    rows = [_updated_row(S[i], gram_u[i] * gram_v, diagonals[i], step) for i in range(S.shape[0])]
-    return V, torch.stack(rows)
+    new = []
+    for rows in _chunks(S, gram_v):
+        W = gram_u[rows, None] * gram_v  # (i, j, r, s)
+        gradient = S[rows][..., None, :] @ W - diagonals[rows][..., None, :]
+        new.append(S[rows] - step(W, gradient)[..., 0, :])
+    return V, torch.cat(new)
 
 
-def _updated_row(S: Tensor, W: Tensor, diagonals: Tensor, step: partial[Tensor]) -> Tensor:
-    """The couplings ``(j, r)`` of one block row; ``W`` is ``(j, r, s)``."""
-    gradient = W @ S[..., None] - diagonals[..., None]
-    return S - step(W, gradient)[..., 0]
+def _chunks(S: Tensor, gram: Tensor) -> list[slice]:
+    """Block rows whose matrices of the size of ``gram`` fit a cache, or fill a GPU, together."""
+    limit = CHUNK_NUMBERS.get(gram.device.type, CHUNK_NUMBERS["cpu"])
+    size = max(1, limit // gram.numel())
+    return [slice(start, start + size) for start in range(0, S.shape[0], size)]

@@ -50,13 +50,14 @@ def solve(
     )
 
 
-def _solve(G: Tensor, delta: float, right: Tensor) -> Tensor:
-    """``(G + delta I)^-1 right`` by Cholesky, batched."""
+def _solve(G: Tensor, delta: float, gradient: Tensor) -> Tensor:
+    """``gradient (G + delta I)^-1`` by Cholesky, batched, by rows."""
     shifted = G.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(delta)
     factor, info = torch.linalg.cholesky_ex(shifted)
     if bool(info.any()):
         # A singular normal matrix at a vanishing delta: the minimum-norm step is the limit.
         inverse = torch.linalg.pinv(shifted.double(), hermitian=True, rtol=1e-12)
-        return (inverse @ right.double()).to(right)
-    return torch.cholesky_solve(right, factor)
+        return (gradient.double() @ inverse).to(gradient)
+    first = torch.linalg.solve_triangular(factor.mT, gradient, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, first, upper=False, left=False)
