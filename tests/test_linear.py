@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -126,6 +127,15 @@ def test_state_dict_round_trip(spec, bias):
 
 
 @every_spec
+def test_compiles_without_a_graph_break(spec):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer, x = StructuredLinear(spec), torch.randn(21, spec.in_features)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@every_spec
 def test_a_copy_is_independent(spec):
     layer = StructuredLinear(spec)
     twin = copy.deepcopy(layer)
@@ -145,10 +155,11 @@ def test_from_linear(spec, bias, dtype):
     layer = StructuredLinear.from_linear(linear, spec)
     assert {value.dtype for value in layer.parameters()} == {dtype}
     assert all(value.requires_grad for value in layer.parameters())
-    # As well as the structure can: how well that is depends on the structure.
     expected = factorize(linear.weight, spec)
     assert all(torch.equal(layer.factors[name], f) for name, f in expected.factors.items())
-    assert expected.relative_error < 0.9
+    # On a random matrix d numbers explain a share d / (m n) of the energy, if they are linear.
+    share = spec.num_params / (spec.out_features * spec.in_features)
+    assert expected.relative_error < math.sqrt(1.0 - 0.5 * min(share, 1.0))
     assert (layer.bias is None) == (not bias)
     if bias:
         assert torch.equal(layer.bias, linear.bias)
@@ -199,7 +210,7 @@ def test_from_factors_refuses_other_names_or_shapes(spec):
         {key: f for key, f in factors.items() if key != first},
         {**factors, "extra": torch.ones(2)},
         {**factors, first: factors[first][..., :-1]},
-        {**factors, first: factors[first].flatten()},
+        {**factors, first: factors[first][None]},
     ):
         with pytest.raises(StructureError, match=first):
             StructuredLinear.from_factors(spec, wrong)
