@@ -139,6 +139,14 @@ def inspect(
     print_inspection(inspect_folder(folder, verify), as_json)
 
 
+@app.command()
+def solvers(as_json: Json = False) -> None:
+    """Which solver each structure gets from solver=auto, and which others fit it."""
+    from blastnn.display import print_solvers
+
+    print_solvers(as_json)
+
+
 @app.callback(invoke_without_command=True)
 def version(
     show: Annotated[bool, typer.Option("--version", help="print the version")] = False,

@@ -17,6 +17,8 @@ from blastnn.compress.draft import Draft
 from blastnn.compress.job import Job, Progress
 from blastnn.compress.memory_use import anonymous_bytes
 from blastnn.compress.plan import LayerPlan, Plan
+from blastnn.factorize import SOLVERS, automatic_table, explain_solver
+from blastnn.structures import STRUCTURES
 
 COLUMNS = ("layer", "shape", "rank", "error", "seconds", "memory", "time left")
 SHOWN_ROWS = 14
@@ -255,3 +257,16 @@ def print_inspection(found: dict[str, Any], as_json: bool) -> None:
     if "verified" in found:
         words = "equal, bit for bit" if found["verified"] else "DIFFERENT"
         console.print(f"output of the loaded model and of the job that wrote it: {words}")
+
+
+def print_solvers(as_json: bool) -> None:
+    """The structures with their automatic solvers, then all solvers in order of preference."""
+    if as_json:
+        print_json({"auto": automatic_table(), "solvers": list(SOLVERS)})
+        return
+    console = Console(soft_wrap=True)
+    for name, structure in STRUCTURES.items():
+        console.print(f"{name}: {explain_solver(structure)}", highlight=False)
+    console.print()
+    for name, module in SOLVERS.items():
+        console.print(f"{name}: {(module.__doc__ or '').splitlines()[0]}", highlight=False)

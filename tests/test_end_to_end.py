@@ -25,6 +25,7 @@ from blastnn.evaluate.probe import digest, probe
 from blastnn.evaluate.score import inspect_folder
 from blastnn.linear import StructuredLinear
 from blastnn.models.families import FAMILIES
+from blastnn.structures import STRUCTURES
 from tests.made_up import TEXT, make_folder, make_model
 
 SMALL = {"keep": 0.6, "blocks": (2, 2), "tokens": 512, "window": 64, "sweeps": 4}
@@ -79,13 +80,15 @@ def test_nearly_everything_kept_is_nearly_the_dense_model(family: str, tmp_path:
     assert torch.equal(dense, kept)
 
 
-@pytest.mark.parametrize("structure", ["blast", "lowrank"])
+@pytest.mark.parametrize("structure", sorted(STRUCTURES))
 @pytest.mark.parametrize("calibration", [[str(TEXT)], []])
 def test_structures_with_and_without_data(
     structure: str, calibration: list[str], tmp_path: Path
 ) -> None:
     source = make_folder(tmp_path / "dense")
-    outcome = compress(source, tmp_path / "out", structure=structure, calibration=calibration)
+    choices = {"structure": structure, "blocks": None, "sweeps": 2}
+    outcome = compress(source, tmp_path / "out", calibration=calibration, **choices)
+    assert {r.status for r in outcome.journal.records if r.reason is None} == {"compressed"}
     assert loaded_digest(tmp_path / "out", outcome) == outcome.journal.probe["logits_sha256"]
 
 

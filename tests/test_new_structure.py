@@ -92,7 +92,7 @@ def test_one_file_and_one_line_add_a_structure(tmp_path):
     with (tmp_path / "blastnn/structures/__init__.py").open("a") as file:
         file.write(LINE)
 
-    def python(*arguments: str) -> None:
+    def python(*arguments: str) -> str:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, *arguments],
@@ -102,9 +102,10 @@ def test_one_file_and_one_line_add_a_structure(tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
 
     python("-c", f"FOLDER = {str(tmp_path)!r}\n" + USE)
     # The conformance suites find it by themselves.
     suites = ("tests/test_structures.py", "tests/test_linear.py")
     python("-m", "pytest", "-q", "-x", "-k", "circulant", "-p", "no:cacheprovider", *suites)
-    python("-m", "blastnn", "plan", "--help")
+    assert "circulant: fit" in python("-m", "blastnn", "solvers")

@@ -26,7 +26,14 @@ from blastnn.compress.moments import (
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan
 from blastnn.errors import FactorizationError
-from blastnn.factorize import SOLVERS, choose_solver, factorize, prepare, shifted_target
+from blastnn.factorize import (
+    SOLVERS,
+    choose_solver,
+    factorize,
+    prepare,
+    shifted_target,
+    solver_options,
+)
 from blastnn.linear import StructuredLinear
 from blastnn.models.linears import dense_weight
 from blastnn.models.walk import Call
@@ -224,7 +231,7 @@ def fit_layer(
         second, cross = moments.damped(options.damping)
         if cross is not None and not data_free:
             target = shifted_target(target, second, cross).float()
-    extra = {"sweeps": options.sweeps} if solver == "als" else {}
+    extra = {"sweeps": options.sweeps} if "sweeps" in solver_options(solver) else {}
     seen = None if data_free else second
     result = factorize(target, plan.spec, seen, solver, options.seed, dtype, **extra)
     factors = cast_factors(result.factors, torch.float32)

@@ -74,16 +74,13 @@ def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = Fal
     return solver
 
 
-def explain_solver(spec: Structure) -> str:
-    """What ``solver="auto"`` runs for ``spec``, what it passes over, and why, in one sentence."""
-    fitting = [name for name, module in SOLVERS.items() if isinstance(spec, module.STRUCTURES)]
-    chosen, *others = fitting
-    moment = "uses" if SOLVERS[chosen].USES_SECOND_MOMENT else "would ignore"
+def explain_solver(structure: Structure | type[Structure]) -> str:
+    """What ``solver="auto"`` runs for a structure, what it passes over, and why; one sentence."""
+    kind = structure if isinstance(structure, type) else type(structure)
+    chosen, *others = [n for n, module in SOLVERS.items() if issubclass(kind, module.STRUCTURES)]
+    moment = "uses" if SOLVERS[chosen].USES_SECOND_MOMENT else "cannot use"
     rest = f", before {', '.join(others)}" if others else ""
-    return (
-        f"{chosen}: the first solver of the table that fits a {spec.name}{rest}; "
-        f"it {moment} a second moment"
-    )
+    return f"{chosen}, the first of the solvers that fit {kind.name}{rest}; it {moment} data"
 
 
 def factorize(
@@ -214,8 +211,13 @@ def _result(
     )
 
 
+def solver_options(solver: str) -> list[str]:
+    """The names of the further options that a registered solver takes."""
+    return list(inspect.signature(SOLVERS[solver].solve).parameters)[3:]
+
+
 def _check_options(solver: str, options: dict[str, Any]) -> None:
-    known = list(inspect.signature(SOLVERS[solver].solve).parameters)[3:]
+    known = solver_options(solver)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise FactorizationError(f"solver {solver!r} has no option {unknown[0]!r}; it has {known}")
@@ -251,4 +253,5 @@ __all__ = [
     "joint_low_rank",
     "prepare",
     "shifted_target",
+    "solver_options",
 ]
