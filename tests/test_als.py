@@ -12,11 +12,11 @@ from blastnn.errors import FactorizationError
 from blastnn.factorize import factorize, factorize_many, prepare
 from blastnn.factorize.als_free import FreeSweep
 from blastnn.factorize.als_state import (
+    Scratch,
     State,
     Sweeper,
     descend_couplings,
     solve_rows,
-    weighted_gram,
 )
 from blastnn.factorize.als_weighted import WeightedSweep
 from blastnn.structures import Blast
@@ -216,4 +216,6 @@ def test_couplings_that_are_solved_already_stay():
 def test_weighted_gram_is_the_sum_it_says():
     scales, gram = normal(2, 3, 4, 5), normal(3, 4, 5, 5, seed=1)
     expected = torch.einsum("kijr,ijrt,kijt->kirt", scales, gram, scales)
-    torch.testing.assert_close(weighted_gram(scales, gram), expected)
+    scratch = Scratch()
+    for _ in range(2):
+        torch.testing.assert_close(scratch.weighted_gram(scales, gram[None]), expected)

@@ -16,11 +16,11 @@ from torch.nn.functional import pad
 
 from blastnn.factorize.als_state import (
     CANCELLATION,
+    Scratch,
     State,
     descend_couplings,
     solve_rows,
     step,
-    weighted_gram,
 )
 from blastnn.factorize.problem import Problem
 from blastnn.structures import Blast
@@ -35,7 +35,7 @@ class FreeSweep:
     """Problems without second moments, of one spec and dtype."""
 
     def __init__(self, problems: Sequence[Problem], spec: Blast) -> None:
-        self.problems, self.spec = problems, spec
+        self.problems, self.spec, self.scratch = problems, spec, Scratch()
         self.notes: list[list[str]] = [[] for _ in problems]
         self.wide = spec.out_features < spec.in_features
         (b1, b2), (p, q) = spec.blocks, spec.block_shape
@@ -76,10 +76,11 @@ class FreeSweep:
             products = (self.rows[:, rows].mT @ U[:, rows]).unflatten(2, V.shape[1:3])  # k i j q r
             own = U[:, rows].mT @ U[:, rows]  # (k, i, r, t)
             S[:, rows] = self._couplings(state, rows, own, gram, products, omega)
-            right += (products * S[:, rows, :, None]).sum(1)
+            right += self.scratch.product("products", products, S[:, rows, :, None]).sum(1)
             for i in range(own.shape[1]):
                 scales = S[:, rows][:, i]  # (k, j, r)
-                normal += (own[:, i, None] * scales[..., None]).mul_(scales[..., None, :])
+                pairs = self.scratch.product("row", own[:, i, None], scales[..., None])
+                normal += pairs.mul_(scales[..., None, :])
         new = solve_rows(normal, right, ridge, self.notes)
         V = step(V, new, omega)
         squared = ((V @ normal - 2 * right) * V).sum((1, 2, 3), dtype=torch.float64)
@@ -90,18 +91,17 @@ class FreeSweep:
     ) -> Tensor:
         """``U_i G_i = R_i`` with ``R_i = A_i [s_ij V_j]_j`` and ``G_i = sum_j s s^T * gram_j``."""
         S = state.S[:, rows]
-        scaled = (S[:, :, :, None] * state.V[:, None]).flatten(2, 3)  # (k, i, n, r)
-        normal = weighted_gram(S, gram[:, None])
-        new = solve_rows(normal, self.rows[:, rows] @ scaled, ridge, self.notes)
+        normal = self.scratch.weighted_gram(S, gram[:, None])
+        right = self.rows[:, rows] @ self.scratch.scaled(state.V, S)
+        new = solve_rows(normal, right, ridge, self.notes)
         return step(state.U[:, rows], new, omega)
 
-    @staticmethod
     def _couplings(
-        state: State, rows: slice, own: Tensor, gram: Tensor, products: Tensor, omega: Tensor
+        self, state: State, rows: slice, own: Tensor, gram: Tensor, products: Tensor, omega: Tensor
     ) -> Tensor:
         """``(U_i^T U_i * V_j^T V_j) s_ij = diag(U_i^T A_ij V_j)``."""
-        right = (products * state.V[:, None]).sum(3)  # (k, i, j, r)
-        W = own[:, :, None] * gram[:, None]
+        right = self.scratch.product("seen", products, state.V[:, None]).sum(3)  # (k, i, j, r)
+        W = self.scratch.product("W", own[:, :, None], gram[:, None])
         start = state.S[:, rows]
         return step(start, descend_couplings(W, right, start, COUPLING_STEPS), omega)
 

@@ -87,8 +87,7 @@ def step(old: Tensor, exact: Tensor, omega: Tensor) -> Tensor:
 def solve_rows(G: Tensor, right: Tensor, ridge: Tensor, notes: list[list[str]]) -> Tensor:
     """``right G^-1`` for symmetric positive semidefinite ``G (k, ..., r, r)``, by rows.
 
-    Two triangular solves from the right are more than twice as fast as ``cholesky_solve``. A
-    matrix that is not positive definite in spite of the ridge gets a larger one, and a note.
+    A matrix that is not positive definite in spite of the ridge gets a larger one, and a note.
     """
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     lift = diagonal.mean(-1) * ridge.to(G).view(-1, *[1] * (G.ndim - 3))
@@ -102,8 +101,18 @@ def solve_rows(G: Tensor, right: Tensor, ridge: Tensor, notes: list[list[str]]) 
         lift = torch.where(failed, larger * diagonal.mean(-1) + torch.finfo(G.dtype).tiny, lift)
         factor, info = torch.linalg.cholesky_ex(_shifted(G, lift))
         failed = info != 0
-    first = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
-    return torch.linalg.solve_triangular(factor, first, upper=False, left=False)
+    return solve_factored(factor, right)
+
+
+def solve_factored(factor: Tensor, right: Tensor) -> Tensor:
+    """``right (L L^T)^-1`` by rows, for a Cholesky factor ``L``.
+
+    Two triangular solves from the left on the transpose, which is LAPACK's layout without a copy,
+    are more than twice as fast as ``cholesky_solve``, and for few rows ten times as fast as
+    solves from the right.
+    """
+    first = torch.linalg.solve_triangular(factor, right.mT, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, first, upper=True).mT
 
 
 def _shifted(G: Tensor, lift: Tensor) -> Tensor:
@@ -143,9 +152,35 @@ def descend_couplings(W: Tensor, right: Tensor, start: Tensor, steps: int) -> Te
 
 
 def _times(W: Tensor, vector: Tensor) -> Tensor:
-    return (W @ vector[..., None])[..., 0]
+    """``W vector`` for symmetric ``W``, as a row: eight times as fast in a batch on a CPU."""
+    return (vector[..., None, :] @ W)[..., 0, :]
 
 
-def weighted_gram(scales: Tensor, gram: Tensor) -> Tensor:
-    """``sum_j (s_j s_j^T) * gram_j``: ``(..., j, r)`` and ``(..., j, r, t)`` to ``(..., r, t)``."""
-    return (gram * scales[..., None, :]).mul_(scales[..., None]).sum(-3)
+class Scratch:
+    """Memory for large products, kept from one to the next.
+
+    A fresh tensor of some megabytes is mapped and cleared by the system each time, which takes
+    over ten times as long as the multiplication that fills it. A product is valid until the
+    next one of the same ``name``.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[tuple[torch.Size, torch.Size], Tensor]] = {}
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """``left * right``, broadcast, in the memory that goes by ``name``."""
+        shapes = (left.shape, right.shape)
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != shapes:
+            kept = shapes, left.new_empty(torch.broadcast_shapes(*shapes))
+            self._kept[name] = kept
+        return torch.mul(left, right, out=kept[1])
+
+    def weighted_gram(self, scales: Tensor, gram: Tensor) -> Tensor:
+        """``sum_j (s_j s_j^T) * gram_j`` over the third last dimension of ``gram``."""
+        product = self.product("pairs", gram, scales[..., None, :])
+        return product.mul_(scales[..., None]).sum(-3)
+
+    def scaled(self, factors: Tensor, scales: Tensor) -> Tensor:
+        """``[s_ij F_j]_j``: ``(k, j, q, r)`` and ``(k, i, j, r)`` to ``(k, i, j q, r)``."""
+        return self.product("scaled", factors[:, None], scales[:, :, :, None]).flatten(2, 3)

@@ -20,7 +20,7 @@ Letters: ``i`` block row, ``j`` block column, ``p q`` rows and columns of a bloc
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, Self
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from blastnn.errors import FactorizationError
 from blastnn.factorize.als_free import CHUNK_NUMBERS
-from blastnn.factorize.als_state import weighted_gram
+from blastnn.factorize.als_state import Scratch
 from blastnn.factorize.blocks import split_blocks
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
@@ -57,6 +57,7 @@ class _Target:
     A: Tensor
     energy: float
     algorithm: str
+    scratch: Scratch = field(default_factory=Scratch)
 
     @classmethod
     def build(cls, problem: Problem, spec: Blast, deviation: Tensor, algorithm: str) -> Self:
@@ -114,14 +115,14 @@ def descend(
     U, S, V = _random_start(spec, seed, epsilon, like=target.A)
     history = []
     for k in range(steps + 1):
-        right, gram = _left_normal_equations(target.A, S, V)
+        right, gram = _left_normal_equations(target, S, V)
         moved = U @ gram
         loss = target.loss(U, S, V, right, moved)
         history.append((time.perf_counter() - begin, (2 * loss / target.energy) ** 0.5))
         if k < steps:
             step = partial(rule, k, loss)
             U = U - step(gram, moved - right)
-            V, S = _update_right(target.A, U, S, V, step)
+            V, S = _update_right(target, U, S, V, step)
     factors = {"U": U * deviation.to(U), "S": S, "V": V}
     return Solution(factors, history, f"ran its {steps} steps")
 
@@ -137,28 +138,31 @@ def _random_start(
     return U.to(like), S.to(like), V.to(like)
 
 
-def _left_normal_equations(A: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+def _left_normal_equations(target: _Target, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """Right-hand sides ``(i, p, r)`` and normal matrices ``(i, r, s)`` of all ``U_i``."""
-    right = A @ (S[:, :, None] * V).flatten(1, 2)
-    gram = V.mT @ V
-    return right, torch.cat([weighted_gram(S[rows], gram) for rows in _chunks(S, gram)])
+    scaled = target.scratch.product("scaled", V, S[:, :, None])
+    right, gram = target.A @ scaled.flatten(1, 2), V.mT @ V
+    weighted = target.scratch.weighted_gram
+    return right, torch.cat([weighted(S[rows], gram) for rows in _chunks(S, gram)])
 
 
 def _update_right(
-    A: Tensor, U: Tensor, S: Tensor, V: Tensor, step: partial[Tensor]
+    target: _Target, U: Tensor, S: Tensor, V: Tensor, step: partial[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """New ``V``, then new ``S``; both need the same products ``A_ij^T U_i``."""
-    products = (A.mT @ U).unflatten(1, V.shape[:2])  # (i, j, q, r)
+    scratch = target.scratch
+    products = (target.A.mT @ U).unflatten(1, V.shape[:2])  # (i, j, q, r)
     gram_u = U.mT @ U
-    right = (products * S[:, :, None]).sum(0)
+    right = scratch.product("products", products, S[:, :, None]).sum(0)
     columns = S.transpose(0, 1)
-    gram = torch.cat([weighted_gram(columns[c], gram_u) for c in _chunks(columns, gram_u)])
+    weighted = [scratch.weighted_gram(columns[c], gram_u) for c in _chunks(columns, gram_u)]
+    gram = torch.cat(weighted)
     V = V - step(gram, V @ gram - right)
     gram_v = V.mT @ V
-    diagonals = (products * V).sum(2)  # diag(U_i^T A_ij V_j), (i, j, r)
+    diagonals = scratch.product("seen", products, V).sum(2)  # diag(U_i^T A_ij V_j), (i, j, r)
     new = []
     for rows in _chunks(S, gram_v):
-        W = gram_u[rows, None] * gram_v  # (i, j, r, s)
+        W = scratch.product("W", gram_u[rows, None], gram_v)  # (i, j, r, s)
         gradient = S[rows][..., None, :] @ W - diagonals[rows][..., None, :]
         new.append(S[rows] - step(W, gradient)[..., 0, :])
     return V, torch.cat(new)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blastnn.factorize.als_state import solve_factored
 from blastnn.factorize.descent import EPSILON, descend
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
@@ -59,5 +60,4 @@ def _solve(G: Tensor, delta: float, gradient: Tensor) -> Tensor:
         # A singular normal matrix at a vanishing delta: the minimum-norm step is the limit.
         inverse = torch.linalg.pinv(shifted.double(), hermitian=True, rtol=1e-12)
         return (gradient.double() @ inverse).to(gradient)
-    first = torch.linalg.solve_triangular(factor.mT, gradient, upper=True, left=False)
-    return torch.linalg.solve_triangular(factor, first, upper=False, left=False)
+    return solve_factored(factor, gradient)
