@@ -19,6 +19,7 @@ from blastnn.factorize.als_state import (
     solve_rows,
 )
 from blastnn.factorize.als_weighted import WeightedSweep
+from blastnn.factorize.svd import approximate_low_rank, whitened_svd
 from blastnn.structures import Blast
 from tests.matrices import independent_error, moment_of, normal
 
@@ -122,6 +123,18 @@ def test_without_noise_the_error_vanishes(shape):
     result = factorize(weight, spec, sweeps=300)
     assert result.history[0][1] > 0.2
     assert result.relative_error < 1e-9
+
+
+@both_kinds
+def test_the_randomised_start_of_larger_matrices_is_near_the_svd(weighted):
+    weight = normal(200, 160) * torch.logspace(0, -1, 160)
+    moment = moment_of(160, 800, decay=0.5) if weighted else None
+    problem = prepare(weight, moment)
+    P, Q = approximate_low_rank(problem, 20, seed=0)
+    best, R, _ = whitened_svd(problem, 20)
+    optimum = problem.objective_error(best @ R.T)
+    found = problem.objective_error(P @ Q.T)
+    assert optimum <= found <= 1.2 * optimum
 
 
 @both_kinds

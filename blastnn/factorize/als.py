@@ -29,7 +29,7 @@ from blastnn.factorize.als_state import SMALLEST_RIDGE, State, Sweeper, ridge_fo
 from blastnn.factorize.als_weighted import WeightedSweep
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
-from blastnn.factorize.svd import nearly_optimal_low_rank, whitened_svd
+from blastnn.factorize.svd import approximate_low_rank, whitened_svd
 from blastnn.structures import Blast, Structure
 
 STRUCTURES = (Blast,)
@@ -178,8 +178,8 @@ def _exact(problem: Problem, spec: Blast, clock: float) -> Solution:
 
 
 def _spectral_start(problems: Sequence[Problem], spec: Blast, seed: int) -> State:
-    """Nearly optimal low rank cut into blocks, ``S = 1``."""
-    pairs = [nearly_optimal_low_rank(problem, spec.rank, seed) for problem in problems]
+    """Approximate low rank cut into blocks, ``S = 1``."""
+    pairs = [approximate_low_rank(problem, spec.rank, seed) for problem in problems]
     P, Q = (torch.stack(parts) for parts in zip(*pairs, strict=True))
     return _cut(P, Q, spec).to(problems[0].compute_dtype)
 

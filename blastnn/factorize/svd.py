@@ -14,6 +14,9 @@ from blastnn.structures import LowRank, Structure
 STRUCTURES = (LowRank,)
 USES_SECOND_MOMENT = True
 
+# Up to this smaller side a full decomposition takes a few milliseconds.
+SMALL = 128
+
 
 def whitened_svd(problem: Problem, rank: int) -> tuple[Tensor, Tensor, float]:
     r"""``A ~ P Q^T`` of rank ``rank``: the SVD of ``A L`` truncated, times ``L^-1``.
@@ -39,14 +42,19 @@ def whitened_svd(problem: Problem, rank: int) -> tuple[Tensor, Tensor, float]:
     return P, Q, float(values[kept:].square().sum())
 
 
-def nearly_optimal_low_rank(
+def approximate_low_rank(
     problem: Problem, rank: int, seed: int, oversampling: int = 8, passes: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """``P (m, rank)``, ``Q (n, rank)`` close to those of ``whitened_svd``, many times cheaper.
+    """``P (m, rank)``, ``Q (n, rank)`` near those of ``whitened_svd``, many times cheaper.
 
-    Randomised range finding with ``passes`` power iterations (Halko, Martinsson and Tropp 2011,
-    Algorithms 4.4 and 5.1) in the compute dtype; a start for solvers that iterate.
+    Those themselves where the matrix is so small that they cost nothing. Else randomised range
+    finding with ``passes`` power iterations (Halko, Martinsson and Tropp 2011, Algorithms 4.4 and
+    5.1) in the compute dtype, about a tenth above the optimal error on real weights: a start for
+    solvers that iterate.
     """
+    if min(problem.weight.shape) <= SMALL:
+        exact = whitened_svd(problem, rank)
+        return exact[0], exact[1]
     weight, factor = problem.weight, None
     if problem.moment is not None:
         factor = torch.linalg.cholesky(problem.moment)
