@@ -20,7 +20,7 @@ from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
 from blastnn.files import write_json, write_text
 from blastnn.models.skeleton import build_skeleton, find_blocks
-from blastnn.structures import Blast, LowRank
+from blastnn.structures import Blast, BlockDiagonal, LowRank, Monarch, Structure
 from reproduce.paper_tables import DIT_TABLES, LLAMA_TABLES, Table, dit_params
 from reproduce.vit_flops import TARGETS, multiplications, relative
 
@@ -73,20 +73,17 @@ def kept(plan: Plan) -> int:
     return plan.model_params - before + after
 
 
-def monarch_params(m: int, n: int, blocks: int, block_rank: int) -> int:
-    """``t (b1 n + b2 m)`` with ``b1 = b2``."""
-    return block_rank * blocks * (m + n)
-
-
 def _halves(plan: Plan) -> dict[str, int]:
     """Llama-7B with every layer of its blocks at half its parameters or just below."""
     shapes = [(x.out_features, x.in_features) for x in plan.layers if x.block is not None]
     rest = plan.model_params - sum(m * n for m, n in shapes)
+    kinds: dict[str, Callable[[int, int], Structure]] = {
+        "low rank": lambda m, n: LowRank.for_budget(m, n, m * n // 2),
+        "Monarch, 4 x 4 blocks": lambda m, n: Monarch.for_budget(m, n, m * n // 2, blocks=4),
+        "block-diagonal, 2 blocks": lambda m, n: BlockDiagonal.for_budget(m, n, m * n // 2),
+    }
     return {
-        "low rank": rest + sum(LowRank.for_budget(m, n, m * n // 2).num_params for m, n in shapes),
-        "Monarch, 4 x 4 blocks": rest
-        + sum(monarch_params(m, n, 4, m * n // 2 // (4 * (m + n))) for m, n in shapes),
-        "block-diagonal, 2 blocks": rest + sum(m * n // 2 for m, n in shapes),
+        name: rest + sum(half(m, n).num_params for m, n in shapes) for name, half in kinds.items()
     }
 
 
@@ -155,7 +152,7 @@ def vit_lines() -> Iterator[Line]:
     """The relative FLOPs of Table 1 at the ranks that give them."""
     blast = [Blast(m, n, rank=104, blocks=(3, 3)).num_multiplications for m, n in TARGETS]
     low_rank = [LowRank(m, n, rank=144).num_multiplications for m, n in TARGETS]
-    monarch = [monarch_params(m, n, 3, 48) for m, n in TARGETS]
+    monarch = [Monarch(m, n, rank=48, blocks=(3, 3)).num_multiplications for m, n in TARGETS]
     for name, paper, counts in (
         ("BLAST_3 of rank 104", "27.8%", blast),
         ("low rank of rank 144", "33.5%", low_rank),

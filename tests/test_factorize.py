@@ -218,6 +218,23 @@ def test_tiny_and_huge_entries_side_by_side(solver, structure):
     assert result.relative_error < 1
 
 
+# Structures that hold every matrix of rank one.
+HOLD_RANK_ONE = {"blast", "lowrank", "blr", "monarch", "blr2", "gblr"}
+
+
+@data_aware_pair
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_constant_matrix(solver, structure, weighted):
+    """Rank one, and every block of it the same: every normal matrix is singular."""
+    weight, spec = torch.full((24, 20), 3.0), small_spec(structure, 24, 20)
+    moment = moment_of(20, 100) if weighted else None
+    result = quick(weight, spec, moment, solver=solver)
+    assert all(f.isfinite().all() for f in result.factors.values())
+    assert result.relative_error <= 1.0
+    if structure in HOLD_RANK_ONE and solver not in ITERATIVE:
+        assert result.relative_error < 1e-5
+
+
 # Step-limited solvers promise no result after a few steps.
 ITERATIVE = {"precgd", "gd", "fit"}
 
