@@ -85,7 +85,9 @@ def tied_names(model: PreTrainedModel) -> list[str]:
 
 def plan_of(model: str, head: str | None = None, **chosen: Any) -> Plan:
     module = built(model)
-    options = Options(**({"blocks": (2, 2)} | chosen))
+    structure = STRUCTURES[chosen.get("structure", "blast")]
+    small = {"blocks": (2, 2)} if "blocks" in structure.__dataclass_fields__ else {}
+    options = Options(**(small | chosen))
     blocks = [block.name for block in find_blocks(module)]
     return make_plan(module, blocks, options, head, tied_names(module))
 
@@ -340,7 +342,11 @@ def test_unchosen_blocks_are_the_default_of_the_structure():
 def test_the_blocks_of_a_preset_are_for_its_own_structure(structure):
     chosen = Options.from_preset("best", structure=structure)
     assert chosen.blocks == (PRESETS["best"]["blocks"] if structure == "blast" else None)
-    assert Options.from_preset("best", structure=structure, blocks=(2, 3)).blocks == (2, 3)
+    if "blocks" in STRUCTURES[structure].__dataclass_fields__:
+        assert Options.from_preset("best", structure=structure, blocks=(2, 3)).blocks == (2, 3)
+    else:
+        with pytest.raises(PlanError, match="has no blocks"):
+            Options.from_preset("best", structure=structure, blocks=(2, 3))
 
 
 def test_an_unknown_preset_is_refused():

@@ -58,7 +58,9 @@ class Options:
             raise PlanError(f"of must be one of {PARTS}, but is {self.of!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise PlanError(f"dtype must be one of {sorted(DTYPES)}, but is {self.dtype!r}")
-        structure_named(self.structure)
+        structure = structure_named(self.structure)
+        if self.blocks is not None and "blocks" not in structure.__dataclass_fields__:
+            raise PlanError(f"a {self.structure} has no blocks to count; leave the blocks out")
         for name in ("sweeps", "tokens", "window"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, but is {getattr(self, name)}")

@@ -140,7 +140,7 @@ def _layer(
 def _spec(info: LinearInfo, options: Options, params: int) -> Structure:
     structure = structure_named(options.structure)
     extra: dict[str, Any] = {}
-    if "blocks" in structure.__dataclass_fields__ and options.blocks is not None:
+    if options.blocks is not None:
         extra["blocks"] = options.blocks
     try:
         return structure.for_budget(info.out_features, info.in_features, params, **extra)

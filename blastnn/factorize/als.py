@@ -74,7 +74,8 @@ def solve_many(
     sweeper: Sweeper = (WeightedSweep if weighted else FreeSweep)(problems, spec)
     start = _spectral_start(problems, spec, seed)
     run = _Run(sweeper, start, clock)
-    if bool((run.best_error > 0.0).any()):
+    rounding = 10 * torch.finfo(start.U.dtype).eps
+    if bool((run.best_error > rounding).any()):
         run.iterate(_disturbed(start, schedule.coupling_noise, seed), schedule)
     return run.solutions(_balanced)
 

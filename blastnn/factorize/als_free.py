@@ -77,10 +77,9 @@ class FreeSweep:
             own = U[:, rows].mT @ U[:, rows]  # (k, i, r, t)
             S[:, rows] = self._couplings(state, rows, own, gram, products, omega)
             right += self.scratch.product("products", products, S[:, rows, :, None]).sum(1)
-            for i in range(own.shape[1]):
-                scales = S[:, rows][:, i]  # (k, j, r)
-                pairs = self.scratch.product("row", own[:, i, None], scales[..., None])
-                normal += pairs.mul_(scales[..., None, :])
+            scales = S[:, rows]  # (k, i, j, r)
+            pairs = self.scratch.product("pairs", own[:, :, None], scales[..., None])
+            normal += pairs.mul_(scales[..., None, :]).sum(1)
         new = solve_rows(normal, right, ridge, self.notes)
         V = step(V, new, omega)
         squared = ((V @ normal - 2 * right) * V).sum((1, 2, 3), dtype=torch.float64)
