@@ -98,6 +98,11 @@ def main() -> None:
         )
     slopes = slope(given.sizes, seconds), slope(given.sizes, operations)
     print(f"slope of the seconds {slopes[0]:.2f}, of the operations {slopes[1]:.2f}", flush=True)
+    # Below about 1000 the time is that of starting operations, not of doing them.
+    large_only = [(n, s) for n, s in zip(given.sizes, seconds, strict=True) if n >= 1000]
+    if len(large_only) > 1:
+        print(f"slope of the seconds from n = {large_only[0][0]} on", end=" ")
+        print(f"{slope(*map(list, zip(*large_only, strict=True))):.2f}")
     large = in_process(*LARGE, 3)
     print(f"{LARGE}: sweep {large['sweep']:.1f} s, peak {large['peak_mib']:.0f} MiB resident")
     given.folder.mkdir(parents=True, exist_ok=True)

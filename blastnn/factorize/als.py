@@ -80,6 +80,54 @@ def solve_many(
     return run.solutions(_balanced)
 
 
+class _Pace:
+    """How boldly each problem of a batch moves, learnt from its errors; every tensor is ``(k,)``.
+
+    Attributes:
+        error: of the last accepted state; infinite before the first.
+        caution: how often in a row the error rose. Once drops momentum, twice over-relaxation and
+            ridge too; after a third time nothing is left to try.
+        landing: the last sweep is neither extrapolated nor over-relaxed.
+    """
+
+    def __init__(self, schedule: Schedule, start_error: Tensor, dtype: torch.dtype) -> None:
+        self.schedule, self.start_error, self.dtype = schedule, start_error, dtype
+        self.error = torch.full_like(start_error, torch.inf)
+        self.caution = torch.zeros_like(start_error, dtype=torch.int64)
+        self.landing = False
+        self._momentum = torch.zeros_like(start_error)
+
+    @property
+    def momentum(self) -> Tensor:
+        """How far to extrapolate beyond the last two states."""
+        return torch.zeros_like(self._momentum) if self.landing else self._momentum
+
+    @property
+    def omega(self) -> Tensor:
+        """The over-relaxation; what exceeds 1 shrinks with the error."""
+        tiny = torch.finfo(torch.float64).tiny
+        progress = (self.error / self.start_error.clamp(min=tiny)).clamp(max=1.0)
+        bold = 1.0 + (self.schedule.omega - 1.0) * progress
+        return torch.where((self.caution > 1) | self.landing, 1.0, bold)
+
+    @property
+    def ridge(self) -> Tensor:
+        """Relative to the normal matrices' mean diagonals."""
+        usual = ridge_for(torch.minimum(self.error, self.start_error), self.dtype)
+        return torch.where(self.caution > 1, SMALLEST_RIDGE[self.dtype], usual)
+
+    def learn(self, found: Tensor, active: Tensor) -> Tensor:
+        """Take note of the errors of a sweep; which of its states are accepted."""
+        better = active & (found < self.error)
+        grown = self._momentum + self.schedule.momentum_growth
+        grown = torch.where(self._momentum > 0.0, grown, self.schedule.momentum_start)
+        grown = grown.clamp(max=self.schedule.momentum_end)
+        self._momentum = torch.where(better & torch.isfinite(self.error), grown, 0.0)
+        self.caution = torch.where(better, 0, self.caution + 1)
+        self.error = torch.where(better, found, self.error)
+        return better
+
+
 class _Run:
     """The iteration over a batch: the best states so far, and each problem's history."""
 
@@ -92,36 +140,18 @@ class _Run:
 
     def iterate(self, state: State, schedule: Schedule) -> None:
         """Sweep until every problem has converged or the sweeps are used up."""
-        count, dtype = len(self.best_error), state.U.dtype
-        error = torch.full((count,), torch.inf, dtype=torch.float64)
-        ridge = ridge_for(self.best_error, dtype)
-        momentum = torch.zeros(count, dtype=torch.float64)
-        caution = torch.zeros(count, dtype=torch.int64)  # how often in a row the error rose
-        active = torch.ones(count, dtype=torch.bool)
-        omega = torch.full((count,), schedule.omega, dtype=torch.float64)
+        pace = _Pace(schedule, self.start_error, state.U.dtype)
+        active = torch.ones_like(self.start_error, dtype=torch.bool)
         previous = state
         for sweep in range(schedule.sweeps):
-            last = sweep == schedule.sweeps - 1
-            bold = (caution <= 1) & (not last)
-            floor = torch.full_like(ridge, SMALLEST_RIDGE[dtype])
-            candidate, found = self.sweeper.sweep(
-                state.extrapolate(previous, momentum * (not last)),
-                torch.where(bold, omega, 1.0),
-                torch.where(caution > 1, floor, ridge),
-            )
-            better = active & (found < error)
-            grown = (momentum + schedule.momentum_growth).clamp(max=schedule.momentum_end)
-            grown = torch.where(momentum > 0.0, grown, schedule.momentum_start)
-            momentum = torch.where(better & torch.isfinite(error), grown, 0.0)
-            caution = torch.where(better, 0, caution + 1)
-            progress = (error / self.start_error).clamp(max=1.0)
-            omega = 1.0 + (schedule.omega - 1.0) * progress
-            previous = state.where(better, previous)
-            state, error = candidate.where(better, state), torch.where(better, found, error)
-            ridge = torch.where(better, ridge_for(error, dtype), ridge)
-            self._keep(state, error)
-            self._record(active, error)
-            active &= self._goes_on(active, caution, schedule.tolerance)
+            pace.landing = sweep == schedule.sweeps - 1
+            start = state.extrapolate(previous, pace.momentum)
+            candidate, found = self.sweeper.sweep(start, pace.omega, pace.ridge)
+            better = pace.learn(found, active)
+            previous, state = state.where(better, previous), candidate.where(better, state)
+            self._keep(state, pace.error)
+            self._record(active, pace.error)
+            active &= self._goes_on(active, pace.caution, schedule.tolerance)
             if not bool(active.any()):
                 return
         self._finish(active, f"ran its {schedule.sweeps} sweeps")
