@@ -30,6 +30,7 @@ BLOCK_OPTIONS = {
     "sparse_lowrank": lambda b: {"grid": (b, b)},
     "pixelfly": lambda b: {"grid": b},
 }
+WEIGHTINGS = ["plain", "weighted"]
 SWEEPS = {"als": {"sweeps": 60}}
 
 
@@ -60,13 +61,15 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--weightings", nargs="+", default=WEIGHTINGS, choices=WEIGHTINGS)
     parser.add_argument("--file", type=Path, default=Path("runs/benchmarks/structures.json"))
     given = parser.parse_args()
     given.file.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(given.file.read_text()) if given.file.exists() else {}
     weights, moments = real_weights(), real_moments()
-    for weighted in (False, True):
-        print(f"keep {given.keep}, {'data-weighted' if weighted else 'plain'}")
+    for weighting in given.weightings:
+        weighted = weighting == "weighted"
+        print(f"keep {given.keep}, {weighting}")
         for name, b in cells(given.blocks):
             row = []
             for kind in given.kinds:
