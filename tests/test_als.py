@@ -232,3 +232,31 @@ def test_weighted_gram_is_the_sum_it_says():
     scratch = Scratch()
     for _ in range(2):
         torch.testing.assert_close(scratch.weighted_gram(scales, gram[None]), expected)
+
+
+def test_an_indefinite_normal_matrix_of_a_single_block_is_noted_too():
+    """The solves for ``V`` have one normal matrix a problem, with no dimension of blocks."""
+    G = positive(2, 5, 5)
+    G[1] -= 1.5 * torch.linalg.eigvalsh(G[1])[0] * torch.eye(5)
+    notes: list[list[str]] = [[], []]
+    assert solve_rows(G, normal(2, 7, 5), torch.zeros(2).double(), notes).isfinite().all()
+    assert notes[0] == []
+    assert "not positive definite" in notes[1][0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nearly_low_rank_weights_at_a_high_rank(seed):
+    weight = normal(112, 1, seed=9) * 0 + 1 + 1e-4 * normal(112, 25, seed=seed)
+    moment = normal(25, 25, seed=seed)
+    spec = Blast(112, 25, rank=21, blocks=(1, 6))
+    result = factorize(weight.float(), spec, moment @ moment.T)
+    assert result.relative_error < 1e-3
+
+
+def test_a_problem_of_a_batch_does_not_see_the_others():
+    spec = Blast(48, 40, rank=6, blocks=(4, 4))
+    easy = spec.to_dense(spec.init(seed=5, dtype=torch.float64))
+    hard = normal(48, 40)
+    alone = factorize(easy, spec, sweeps=60)
+    together = factorize_many([easy, hard], spec, sweeps=60)[0]
+    assert together.relative_error == pytest.approx(alone.relative_error, rel=1e-3, abs=1e-9)

@@ -265,7 +265,47 @@ def test_a_rank_larger_than_the_matrix_is_exact(solver, structure, weighted, sha
         assert all(f.isfinite().all() for f in result.factors.values())
 
 
+@data_aware_pair
+def test_a_weight_that_no_input_reaches_is_zero(solver, structure):
+    """Columns of features that are never on: any answer is right, and zero is the cheapest."""
+    weight, spec = normal(24, 20, dtype=torch.float32), small_spec(structure, 24, 20)
+    weight[:, :5] = 0.0
+    moment = torch.diag(torch.tensor([1.0] * 5 + [0.0] * 15))
+    result = quick(weight, spec, moment, solver=solver)
+    assert result.relative_error == 0.0
+    assert not spec.to_dense(result.factors).any()
+
+
+@pytest.mark.parametrize("size", [1e308, 1e-300])
+def test_second_moments_of_any_size(size):
+    weight, moment = normal(24, 20), moment_of(20, 100)
+    plain, scaled = (factorize(weight, LowRank(24, 20, 5), m) for m in (moment, moment * size / 9))
+    assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-9)
+
+
 # What is refused.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spec": "blast"}, "spec must be a structure"),
+        ({"weight": [[1.0]]}, "must be a torch.Tensor"),
+        ({"weight": torch.ones(24, 20, device="meta")}, "ordinary tensor"),
+        ({"dtype": torch.int32}, "floating-point"),
+        ({"dtype": "float16"}, "floating-point"),
+        (
+            {"weight": 1e300 * normal(24, 20), "dtype": torch.float32},
+            "overflow",
+        ),
+        ({"sweeps": -1}, "sweeps must be"),
+        ({"sweeps": 2.5}, "sweeps must be"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(arguments, message):
+    given = {"weight": normal(24, 20), "spec": Blast(24, 20, rank=2, blocks=2)} | arguments
+    with pytest.raises(FactorizationError, match=message):
+        factorize(**given)
 
 
 @every_pair

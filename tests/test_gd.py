@@ -145,7 +145,7 @@ def test_epsilon_is_the_size_of_the_start(solver):
         ({"schedule": "decay", "step_size": math.nan}, "step_size=nan"),
         ({"step_size": 0.1}, "without a step_size"),
         ({"epsilon": 0.0}, "epsilon=0.0"),
-        ({"steps": -1}, "steps=-1"),
+        ({"steps": -1}, "steps must be"),
         ({"schedule": "decay", "step_size": 100.0}, "overflowed"),
     ],
     ids=str,

@@ -42,6 +42,10 @@ SOLVERS: dict[str, ModuleType] = {
 }
 
 
+# Options of solvers that count something.
+COUNTS = {"sweeps", "steps", "rounds"}
+
+
 def automatic_table() -> dict[str, str]:
     """Which solver ``"auto"`` means for each registered structure: the first one that fits it."""
     return {name: _first_fitting(structure) for name, structure in STRUCTURES.items()}
@@ -134,6 +138,7 @@ def factorize_many(
         FactorizationError: inputs that cannot be worked with, or lists of different lengths.
     """
     start = time.perf_counter()
+    _check_kinds(weights, spec, dtype)
     moments = _one_each(second_moments, len(weights))
     given = any(moment is not None for moment in moments)
     name = choose_solver(spec, solver, weighted=given)
@@ -161,6 +166,19 @@ def _one_each(
     return list(moments)
 
 
+def _check_kinds(weights: Sequence[Tensor], spec: Structure, dtype: torch.dtype | None) -> None:
+    """Arguments of the wrong kind are named before anything else looks at them."""
+    if not isinstance(spec, Structure):
+        raise FactorizationError(f"spec must be a structure such as Blast(...), but is {spec!r}")
+    for weight in weights:
+        if not isinstance(weight, Tensor):
+            raise FactorizationError(
+                f"a weight must be a torch.Tensor, but one is a {type(weight).__name__}"
+            )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise FactorizationError(f"dtype must be a floating-point torch.dtype, but is {dtype!r}")
+
+
 def _check_shape(weight: Tensor, spec: Structure) -> None:
     if tuple(weight.shape) != (spec.out_features, spec.in_features):
         raise FactorizationError(
@@ -177,10 +195,10 @@ def _solve_all(
     found = {
         index: _zero_solution(problem, spec)
         for index, problem in enumerate(problems)
-        if problem.energy <= 0.0
+        if problem.invisible
     }
     rest = {index: problem for index, problem in enumerate(problems) if index not in found}
-    alike = {(problem.compute_dtype, problem.moment is None) for problem in rest.values()}
+    alike = {(p.compute_dtype, p.moment is None, p.weight.device) for p in rest.values()}
     if hasattr(module, "solve_many") and len(alike) == 1:
         together = module.solve_many(list(rest.values()), spec, seed, **options)
         found.update(zip(rest, together, strict=True))
@@ -199,6 +217,8 @@ def _result(
 ) -> FactorizationResult:
     """The solution in the weight's scale and dtype, with the error of these very factors."""
     factors = _unscaled(solution.factors, spec, problem.scale, dtype)
+    if not all(bool(torch.isfinite(factors[key]).all()) for key in spec.factor_shapes()):
+        raise FactorizationError(f"the factors overflow {dtype}; pass dtype=torch.float64")
     dense = spec.to_dense(cast_factors(factors, torch.float64)) / problem.scale
     return FactorizationResult(
         factors=factors,
@@ -221,6 +241,10 @@ def _check_options(solver: str, options: dict[str, Any]) -> None:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise FactorizationError(f"solver {solver!r} has no option {unknown[0]!r}; it has {known}")
+    for name in COUNTS & set(options):
+        value = options[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise FactorizationError(f"{name} must be a whole number of at least 0, not {value!r}")
 
 
 def _zero_solution(problem: Problem, spec: Structure) -> Solution:

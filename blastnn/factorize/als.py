@@ -7,8 +7,8 @@ point extrapolated beyond the last two, the classical momentum of fixed-point ma
 the error would rise, momentum is dropped for one sweep, and if it still rises, over-relaxation
 and ridge too. The last sweep is exact. No result is worse than the start.
 
-The start is a (whitened) low-rank factorisation by randomised range finding, cut into blocks, with
-``S = 1 + noise``: with equal couplings the blocks would move as one.
+The start is a (whitened) low-rank factorisation, of larger matrices by randomised range finding,
+cut into blocks, with ``S = 1 + noise``: with equal couplings the blocks would move as one.
 
 Several problems of one spec and dtype are solved in one call, each with its own momentum; their
 arithmetic is batched, which a GPU needs to be busy.
@@ -150,7 +150,7 @@ class _Run:
             better = pace.learn(found, active)
             previous, state = state.where(better, previous), candidate.where(better, state)
             self._keep(state, pace.error)
-            self._record(active, pace.error)
+            self._record(active, torch.where(pace.error.isfinite(), pace.error, self.best_error))
             active &= self._goes_on(active, pace.caution, schedule.tolerance)
             if not bool(active.any()):
                 return

@@ -7,6 +7,7 @@ Every tensor has a leading batch dimension ``k`` of independent problems with on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -102,9 +103,12 @@ def solve_rows(G: Tensor, right: Tensor, ridge: Tensor, notes: list[list[str]]) 
         factor, info = torch.linalg.cholesky_ex(_shifted(G, lift))
         failed = info != 0
     solved = solve_factored(factor, right)
-    if bool((ridge <= SMALLEST_RIDGE.get(G.dtype, 0.0)).all()):
+    sharp = ridge <= SMALLEST_RIDGE[G.dtype]
+    if bool(sharp.any()):
         # Close to a solution the ridge's bias would be all that is left: take it out once.
-        solved = solved + solve_factored(factor, right - solved @ G)
+        refined = solved + solve_factored(factor, right - solved @ G)
+        chosen = sharp.to(G.device).view(-1, *[1] * (G.ndim - 1))
+        solved = torch.where(chosen, refined, solved)
     return solved
 
 
@@ -126,7 +130,7 @@ def _shifted(G: Tensor, lift: Tensor) -> Tensor:
 
 
 def _note(notes: list[list[str]], failed: Tensor, text: str) -> None:
-    for index in failed.flatten(1).any(1).nonzero().flatten().tolist():
+    for index in failed.reshape(len(notes), -1).any(1).nonzero().flatten().tolist():
         if text not in notes[index]:
             notes[index].append(text)
 
@@ -160,6 +164,10 @@ def _times(W: Tensor, vector: Tensor) -> Tensor:
     return (vector[..., None, :] @ W)[..., 0, :]
 
 
+# Cached: working a shape out anew takes longer than many a small product.
+_broadcast = lru_cache(torch.broadcast_shapes)
+
+
 class Scratch:
     """Memory for large products, kept from one to the next.
 
@@ -169,16 +177,15 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[tuple[torch.Size, torch.Size], Tensor]] = {}
+        self._kept: dict[str, Tensor] = {}
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """``left * right``, broadcast, in the memory that goes by ``name``."""
-        shapes = (left.shape, right.shape)
+        shape = _broadcast(left.shape, right.shape)
         kept = self._kept.get(name)
-        if kept is None or kept[0] != shapes:
-            kept = shapes, left.new_empty(torch.broadcast_shapes(*shapes))
-            self._kept[name] = kept
-        return torch.mul(left, right, out=kept[1])
+        if kept is None or kept.shape != shape:
+            kept = self._kept[name] = left.new_empty(shape)
+        return torch.mul(left, right, out=kept)
 
     def weighted_gram(self, scales: Tensor, gram: Tensor) -> Tensor:
         """``sum_j (s_j s_j^T) * gram_j`` over the third last dimension of ``gram``."""

@@ -44,6 +44,13 @@ class Problem:
         """``|| A L ||_F^2``, the denominator of the squared relative error of the solvers."""
         return _energy(self.weight, self.moment)
 
+    @cached_property
+    def invisible(self) -> bool:
+        """Whether the inputs, as given, cannot tell the weight from zero."""
+        rounding = self.weight.shape[1] * torch.finfo(torch.float64).eps
+        largest = rounding * float(self.weight.square().sum())
+        return _energy(self.weight, self.given_moment) <= largest
+
     def objective_error(self, dense: Tensor) -> float:
         """``|| (A - A^) L || / || A L ||`` under the damped moment, which is what is minimised."""
         residual = _energy(self.weight - dense, self.moment)
@@ -52,12 +59,12 @@ class Problem:
     def relative_error(self, dense: Tensor) -> float:
         """``|| (A - A^) L || / || A L ||`` under the moment as given, for ``A^`` scaled like ``A``.
 
-        Zero where ``A^`` equals ``A`` and ``A L`` is zero.
+        Zero for an invisible weight, whose answer is zero.
         """
+        if self.invisible:
+            return 0.0
         residual = _energy(self.weight - dense, self.given_moment)
         total = _energy(self.weight, self.given_moment)
-        if total <= 0.0:
-            return 0.0 if residual <= 0.0 else math.inf
         return math.sqrt(max(residual, 0.0) / total)
 
 
@@ -73,6 +80,11 @@ def prepare(weight: Tensor, second_moment: Tensor | None) -> Problem:
         FactorizationError: not a matrix, not floating point, NaN or infinite entries, or a second
             moment that is misshapen, zero or has clearly negative eigenvalues.
     """
+    if weight.is_meta or weight.layout != torch.strided:
+        raise FactorizationError(
+            f"the weight must be an ordinary tensor with numbers in it, but is on "
+            f"{weight.device} with layout {weight.layout}; load it, or convert it with to_dense()"
+        )
     _check_matrix("weight", weight)
     compute_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     exact = weight.detach().to(torch.float64)
@@ -109,6 +121,9 @@ def _scaled_moment(moment: Tensor, in_features: int) -> Tensor:
             f"but is {tuple(moment.shape)}"
         )
     moment = moment.detach().to(torch.float64)
+    largest = float(moment.abs().max())
+    if largest > 0.0:  # a power of two, so that sums cannot overflow and no digit changes
+        moment = moment / 2.0 ** math.floor(math.log2(largest))
     mean = float(moment.diagonal().mean())
     if mean <= 0.0:
         raise FactorizationError(

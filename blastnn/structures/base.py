@@ -172,13 +172,11 @@ def require_positive_int(field: str, value: object) -> None:
         raise StructureError(f"{field} must be a whole number of at least 1, but is {value!r}")
 
 
-def rank_for_budget(
-    label: str, params: int, params_per_rank: int, step: int, smallest: int = 1
-) -> int:
+def rank_for_budget(label: str, params: int, params_per_rank: int, step: int) -> int:
     """The largest multiple of ``step`` whose ``rank * params_per_rank`` is at most ``params``."""
     require_positive_int("step", step)
     rank = int(params) // params_per_rank // step * step
-    if rank < smallest:
+    if rank < 1:
         raise StructureError(
             f"{label}: {params} parameters are fewer than rank {step} takes "
             f"({step * params_per_rank}); give a larger budget or fewer blocks"

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from blastnn.errors import StructureError
 from blastnn.structures.base import (
     Factors,
     Structure,
@@ -62,10 +63,11 @@ class LowRank(Structure):
         cls, out_features: int, in_features: int, params: int, *, step: int = 1, **options: Any
     ) -> Self:
         """``rank = params // (m + n)``; takes no further options."""
+        if options:
+            raise StructureError(f"low rank takes no option {sorted(options)[0]!r}")
         label = f"low rank {out_features} x {in_features}"
         return cls(
             out_features,
             in_features,
             rank=rank_for_budget(label, params, out_features + in_features, step),
-            **options,
         )

@@ -19,7 +19,10 @@ def register(structure: S) -> S:
         StructureError: the name is taken by another class.
     """
     other = STRUCTURES.setdefault(structure.name, structure)
-    if other is not structure:
+    same = (other.__module__, other.__qualname__) == (structure.__module__, structure.__qualname__)
+    if same:  # the same definition run again, as in a notebook
+        STRUCTURES[structure.name] = structure
+    else:
         raise StructureError(
             f"the name {structure.name!r} belongs to {other.__module__}.{other.__qualname__}; "
             "choose another"

@@ -68,6 +68,11 @@ class Sum(Structure):
         """The parts' index factors, named alike."""
         return _joined(*(part.index_shapes() for part in self.parts))
 
+    def step_factors(self) -> frozenset[str]:
+        """The parts' own, named alike."""
+        pairs = zip(PREFIXES, self.parts, strict=True)
+        return frozenset(word + name for word, part in pairs for name in part.step_factors())
+
     def split(self, factors: Factors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The factors of the first part and of the second, under the parts' own names."""
         first, second = (
