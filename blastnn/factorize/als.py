@@ -11,7 +11,7 @@ The start is a (whitened) low-rank factorisation, of larger matrices by randomis
 cut into blocks, with ``S = 1 + noise``: with equal couplings the blocks would move as one.
 
 Several problems of one spec and dtype are solved in one call, each with its own momentum; their
-arithmetic is batched, which a GPU needs to be busy.
+arithmetic is batched, which a GPU needs to be busy. Nothing here has run on a GPU yet.
 """
 
 from __future__ import annotations
