@@ -5,7 +5,7 @@ median of several), its operations, and the slopes of both on a log-log scale. T
 resident memory of one process that factorises an 11008 x 4096 matrix, 16 x 16 blocks, rank 1488.
 Each size runs in a process of its own.
 
-    python benchmarks/solver_cost.py [--sizes 256 512 1024 2048 4096 8192] [--share 0.5]
+    python -m benchmarks.solver_cost [--sizes 256 512 1024 2048 4096 8192] [--share 0.5]
 """
 
 from __future__ import annotations

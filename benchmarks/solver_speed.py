@@ -6,7 +6,10 @@ the time ``als`` takes to the error that Algorithm 2 ends with, and the error ``
 time Algorithm 2 takes. Low rank (SVD) and independent blocks (a truncated SVD for each) with as
 many parameters show what cheaper structures reach. Writes a table and a plot of error over time.
 
-    python benchmarks/solver_speed.py [--blocks 4 16] [--turns 3] [--kinds q k v o gate up down]
+    python -m benchmarks.solver_speed [--blocks 4 16] [--turns 3] [--kinds q k v o gate up down]
+    python -m benchmarks.solver_speed --large    # 4096 and 11008 x 4096, made up, 16 x 16 blocks
+
+Of large matrices Algorithm 2 is timed for a few steps only and extrapolated to 300.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from statistics import median
 import matplotlib
 import torch
 
-from benchmarks.matrices import KINDS, real_weights
+from benchmarks.matrices import KINDS, made_up, real_weights
 from blastnn.factorize import FactorizationResult, factorize
 from blastnn.structures import STRUCTURES, Blast, Structure
 
@@ -73,6 +76,21 @@ def other(weight: torch.Tensor, structure: type[Structure], options: dict[str, o
     return factorize(weight, structure.for_budget(m, n, m * n // 2, **options)).relative_error
 
 
+def compare_large(m: int, n: int, steps: int = 3, sweeps: int = 12) -> None:
+    """Seconds of 300 steps of Algorithm 2, extrapolated, and of some sweeps of ``als``."""
+    weight = made_up(m, n)
+    spec = Blast.for_budget(m, n, m * n // 2, blocks=16)
+    literal = factorize(weight, spec, solver="precgd", steps=steps).history
+    step = (literal[-1][0] - literal[1][0]) / (steps - 1)
+    ours = factorize(weight, spec, solver="als", sweeps=sweeps)
+    print(
+        f"{m} x {n}, r={spec.rank}: Algorithm 2 {step:.1f} s a step, {300 * step:.0f} s for 300 "
+        f"(extrapolated); als {ours.history[-1][0]:.0f} s for {sweeps} sweeps, "
+        f"error {ours.history[-1][1]:.4f}; low rank {other(weight, STRUCTURES['lowrank'], {}):.4f}",
+        flush=True,
+    )
+
+
 def plot(rows: list[dict[str, object]], path: Path) -> None:
     """Error over seconds, one panel a matrix."""
     figure, axes = plt.subplots(len(rows), 1, figsize=(7, 2.2 * len(rows)), squeeze=False)
@@ -96,7 +114,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--large", action="store_true")
     given = parser.parse_args()
+    if given.large:
+        for shape in ((4096, 4096), (11008, 4096)):
+            compare_large(*shape)
+        return
     given.folder.mkdir(parents=True, exist_ok=True)
     weights, rows = real_weights(), []
     print(f"{torch.get_num_threads()} threads; half the parameters; seconds, relative errors")

@@ -4,7 +4,7 @@ All seven kinds of weight of one block of the demo model, each structure with it
 and block counts of 2, 4, 8 and 16, once plainly and once weighted by the second moment of the
 weight's inputs. Resumes: finished cells are kept in the JSON file.
 
-    python benchmarks/structures.py [--keep 0.5] [--blocks 2 4 8 16] [--kinds q gate down]
+    python -m benchmarks.structures [--keep 0.5] [--blocks 2 4 8 16] [--kinds q gate down]
 """
 
 from __future__ import annotations
