@@ -48,12 +48,12 @@ COUNTS = {"sweeps", "steps", "rounds"}
 
 def automatic_table() -> dict[str, str]:
     """Which solver ``"auto"`` means for each registered structure: the first one that fits it."""
-    return {name: _first_fitting(structure) for name, structure in STRUCTURES.items()}
+    return {name: _fitting(structure)[0] for name, structure in STRUCTURES.items()}
 
 
-def _first_fitting(structure: type[Structure]) -> str:
-    """Never empty: ``fit``, the last solver, takes every structure, registered or not."""
-    return next(key for key, m in SOLVERS.items() if issubclass(structure, m.STRUCTURES))
+def _fitting(structure: type[Structure]) -> list[str]:
+    """In order of preference; never empty: ``fit``, the last solver, takes every structure."""
+    return [key for key, m in SOLVERS.items() if issubclass(structure, m.STRUCTURES)]
 
 
 def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = False) -> str:
@@ -63,12 +63,12 @@ def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = Fal
         FactorizationError: unknown, not made for this structure, or data-free while ``weighted``.
     """
     if solver == "auto":
-        solver = _first_fitting(type(spec))
+        solver = _fitting(type(spec))[0]
     if solver not in SOLVERS:
         raise FactorizationError(f"unknown solver {solver!r}; choose from auto, {sorted(SOLVERS)}")
     module = SOLVERS[solver]
-    if not isinstance(spec, module.STRUCTURES):
-        fitting = sorted(name for name, m in SOLVERS.items() if isinstance(spec, m.STRUCTURES))
+    fitting = sorted(_fitting(type(spec)))
+    if solver not in fitting:
         raise FactorizationError(f"solver {solver!r} does not fit a {spec.name}; use {fitting}")
     if weighted and not module.USES_SECOND_MOMENT:
         raise FactorizationError(
@@ -81,7 +81,7 @@ def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = Fal
 def explain_solver(structure: Structure | type[Structure]) -> str:
     """What ``solver="auto"`` runs for a structure, what it passes over, and why; one sentence."""
     kind = structure if isinstance(structure, type) else type(structure)
-    chosen, *others = [n for n, module in SOLVERS.items() if issubclass(kind, module.STRUCTURES)]
+    chosen, *others = _fitting(kind)
     moment = "uses" if SOLVERS[chosen].USES_SECOND_MOMENT else "cannot use"
     rest = f", before {', '.join(others)}" if others else ""
     return f"{chosen}, the first of the solvers that fit {kind.name}{rest}; it {moment} data"
@@ -249,10 +249,7 @@ def _check_options(solver: str, options: dict[str, Any]) -> None:
 
 def _zero_solution(problem: Problem, spec: Structure) -> Solution:
     """A weight that its inputs cannot tell from zero has exact zero factors."""
-    zeros = {
-        name: torch.zeros_like(factor) if factor.is_floating_point() else factor
-        for name, factor in spec.init(device=problem.weight.device).items()
-    }
+    zeros = spec.zeros(dtype=torch.float32, device=problem.weight.device)
     return Solution(zeros, [(0.0, 0.0)], "exact: the weight is zero on its inputs")
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from blastnn.factorize.als_state import (
-    CANCELLATION,
     Scratch,
     State,
+    Sweeper,
     descend_couplings,
     solve_rows,
     step,
@@ -31,12 +31,12 @@ CHUNK_NUMBERS = {"cpu": 2**20, "cuda": 2**28}
 COUPLING_STEPS = 2
 
 
-class FreeSweep:
+class FreeSweep(Sweeper):
     """Problems without second moments, of one spec and dtype."""
 
     def __init__(self, problems: Sequence[Problem], spec: Blast) -> None:
-        self.problems, self.spec, self.scratch = problems, spec, Scratch()
-        self.notes: list[list[str]] = [[] for _ in problems]
+        super().__init__(problems, spec)
+        self.scratch = Scratch()
         self.wide = spec.out_features < spec.in_features
         (b1, b2), (p, q) = spec.blocks, spec.block_shape
         dtype = problems[0].compute_dtype
@@ -46,26 +46,13 @@ class FreeSweep:
         self.rows = weights.view(-1, b1, p, b2 * q)  # (k, i, p, n)
         if self.wide:
             self.rows = weights.mT.contiguous().view(-1, b2, q, b1 * p)
-        self.energy = torch.tensor([problem.energy for problem in problems], dtype=torch.float64)
 
     def sweep(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[State, Tensor]:
         """``U``, ``S`` and ``V`` in turn; the new states and their relative errors ``(k,)``."""
         inner = state.flipped() if self.wide else state
-        inner, squared = self._sweep(inner, omega, ridge)
+        inner, fitted = self._sweep(inner, omega, ridge)
         result = inner.flipped() if self.wide else inner
-        cancelled = squared < CANCELLATION[state.U.dtype]
-        errors = squared.clamp(min=0.0).sqrt()
-        if bool(cancelled.any()):
-            errors = torch.where(cancelled, self.error(result), errors)
-        return result, errors
-
-    def error(self, state: State) -> Tensor:
-        """Relative errors ``(k,)`` from the residuals, float64."""
-        found = []
-        for index, problem in enumerate(self.problems):
-            factors = {name: f.double() for name, f in state.one(index).items()}
-            found.append(problem.objective_error(self.spec.to_dense(factors)))
-        return torch.tensor(found, dtype=torch.float64)
+        return result, self.errors_from(fitted, result)
 
     def _sweep(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[State, Tensor]:
         U, S, V = torch.empty_like(state.U), torch.empty_like(state.S), state.V
@@ -82,8 +69,7 @@ class FreeSweep:
             normal += pairs.mul_(scales[..., None, :]).sum(1)
         new = solve_rows(normal, right, ridge, self.notes)
         V = step(V, new, omega)
-        squared = ((V @ normal - 2 * right) * V).sum((1, 2, 3), dtype=torch.float64)
-        return State(U, S, V), 1.0 + squared.cpu() / self.energy
+        return State(U, S, V), ((V @ normal - 2 * right) * V).sum((1, 2, 3), dtype=torch.float64)
 
     def _left(
         self, state: State, rows: slice, gram: Tensor, omega: Tensor, ridge: Tensor

@@ -6,12 +6,16 @@ Every tensor has a leading batch dimension ``k`` of independent problems with on
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from blastnn.factorize.problem import Problem
+from blastnn.structures import Blast
 
 # Added to normal matrices, relative to their mean diagonal: this share of the squared relative
 # error, but at least what a Cholesky factorisation needs. Far from the solution it keeps nearly
@@ -61,18 +65,38 @@ class State:
         return {"U": self.U[index], "S": self.S[index], "V": self.V[index]}
 
 
-class Sweeper(Protocol):
-    """A least-squares problem that can improve a state by one pass over all unknowns."""
+class Sweeper(ABC):
+    """Least-squares problems of one spec and dtype that one pass over all unknowns improves.
 
-    notes: list[list[str]]
+    Attributes:
+        notes: for each problem, the fallbacks that were taken.
+    """
 
+    def __init__(self, problems: Sequence[Problem], spec: Blast) -> None:
+        self.problems, self.spec = problems, spec
+        self.notes: list[list[str]] = [[] for _ in problems]
+        self.energy = torch.tensor([problem.energy for problem in problems], dtype=torch.float64)
+
+    @abstractmethod
     def sweep(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[State, Tensor]:
         """One pass with steps ``omega (k,)`` times the exact ones; states and errors ``(k,)``."""
-        ...
 
     def error(self, state: State) -> Tensor:
-        """Relative errors ``(k,)``, float64, from the residual."""
-        ...
+        """Relative errors ``(k,)`` from the residuals, float64."""
+        found = []
+        for index, problem in enumerate(self.problems):
+            factors = {name: f.double() for name, f in state.one(index).items()}
+            found.append(problem.objective_error(self.spec.to_dense(factors)))
+        return torch.tensor(found, dtype=torch.float64)
+
+    def errors_from(self, fitted: Tensor, state: State) -> Tensor:
+        """Relative errors ``(k,)`` from ``|| A^ L ||^2 - 2 <A C, A^>``, unless it has cancelled."""
+        squared = 1.0 + fitted.cpu() / self.energy
+        cancelled = squared < CANCELLATION[state.U.dtype]
+        errors = squared.clamp(min=0.0).sqrt()
+        if bool(cancelled.any()):
+            errors = torch.where(cancelled, self.error(state), errors)
+        return errors
 
 
 def ridge_for(errors: Tensor, dtype: torch.dtype) -> Tensor:

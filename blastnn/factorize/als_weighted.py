@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blastnn.factorize.als_state import CANCELLATION, State, solve_rows, step
+from blastnn.factorize.als_state import State, Sweeper, solve_rows, step
 from blastnn.factorize.blocks import split_blocks, split_moment
 from blastnn.factorize.problem import Problem
 from blastnn.structures import Blast
@@ -26,7 +26,7 @@ from blastnn.structures import Blast
 KEEP_BYTES = 2**30
 
 
-class WeightedSweep:
+class WeightedSweep(Sweeper):
     """Problems with second moments, of one spec and dtype.
 
     ``target[:, j]`` is ``Y_j`` as ``(k, b1 p, q)``; ``moment[:, j, c]`` is ``C_jc``, ``inverse[:,
@@ -34,9 +34,7 @@ class WeightedSweep:
     """
 
     def __init__(self, problems: Sequence[Problem], spec: Blast) -> None:
-        self.problems, self.spec = problems, spec
-        self.notes: list[list[str]] = [[] for _ in problems]
-        self.energy = torch.tensor([problem.energy for problem in problems], dtype=torch.float64)
+        super().__init__(problems, spec)
         cut = [self._cut(problem) for problem in problems]
         self.target, self.moment, self.inverse = (
             torch.stack(parts) for parts in zip(*cut, strict=True)
@@ -63,21 +61,9 @@ class WeightedSweep:
         normal = self._left_gram(S, products)
         right = torch.einsum("kjipr,kijr->kipr", projected, S)
         U = step(state.U, solve_rows(normal, right, ridge, self.notes), omega)
-        squared = ((U @ normal - 2 * right) * U).sum((1, 2, 3), dtype=torch.float64).cpu()
-        result, squared = State(U, S, V), 1.0 + squared / self.energy
-        cancelled = squared < CANCELLATION[U.dtype]
-        errors = squared.clamp(min=0.0).sqrt()
-        if bool(cancelled.any()):
-            errors = torch.where(cancelled, self.error(result), errors)
-        return result, errors
-
-    def error(self, state: State) -> Tensor:
-        """Relative errors ``(k,)`` from the residuals, float64."""
-        found = []
-        for index, problem in enumerate(self.problems):
-            factors = {name: f.double() for name, f in state.one(index).items()}
-            found.append(problem.objective_error(self.spec.to_dense(factors)))
-        return torch.tensor(found, dtype=torch.float64)
+        fitted = ((U @ normal - 2 * right) * U).sum((1, 2, 3), dtype=torch.float64)
+        result = State(U, S, V)
+        return result, self.errors_from(fitted, result)
 
     def _right(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
         """New ``V`` and the products ``C_jc V_c`` as ``(k, j, q, c, r)``."""

@@ -54,11 +54,7 @@ class _Alternation:
     def __init__(self, problem: Problem, spec: Sum, seed: int, start: float) -> None:
         self.problem, self.spec, self.seed, self.start = problem, spec, seed, start
         like = problem.weight
-        zeros = [part.init(dtype=like.dtype, device=like.device) for part in spec.parts]
-        self.factors = [
-            {k: torch.zeros_like(f) if f.is_floating_point() else f for k, f in part.items()}
-            for part in zeros
-        ]
+        self.factors = [part.zeros(dtype=like.dtype, device=like.device) for part in spec.parts]
         self.dense = [torch.zeros_like(like) for _ in spec.parts]
         self.error = 1.0
         self.history: list[tuple[float, float]] = []

@@ -45,11 +45,15 @@ class Problem:
         return _energy(self.weight, self.moment)
 
     @cached_property
+    def _given_energy(self) -> float:
+        return _energy(self.weight, self.given_moment)
+
+    @cached_property
     def invisible(self) -> bool:
         """Whether the inputs, as given, cannot tell the weight from zero."""
         rounding = self.weight.shape[1] * torch.finfo(torch.float64).eps
         largest = rounding * float(self.weight.square().sum())
-        return _energy(self.weight, self.given_moment) <= largest
+        return self._given_energy <= largest
 
     def objective_error(self, dense: Tensor) -> float:
         """``|| (A - A^) L || / || A L ||`` under the damped moment, which is what is minimised."""
@@ -64,8 +68,7 @@ class Problem:
         if self.invisible:
             return 0.0
         residual = _energy(self.weight - dense, self.given_moment)
-        total = _energy(self.weight, self.given_moment)
-        return math.sqrt(max(residual, 0.0) / total)
+        return math.sqrt(max(residual, 0.0) / self._given_energy)
 
 
 def _energy(weight: Tensor, moment: Tensor | None) -> float:

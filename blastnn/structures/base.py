@@ -83,6 +83,13 @@ class Structure(ABC):
     ) -> dict[str, Tensor]:
         """Random factors whose dense matrix has entries of standard deviation ``1 / sqrt(n)``."""
 
+    def zeros(self, *, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+        """Factors of the zero matrix; index factors as ``init`` draws them."""
+        return {
+            name: torch.zeros_like(factor) if factor.is_floating_point() else factor
+            for name, factor in self.init(dtype=dtype, device=device).items()
+        }
+
     @classmethod
     @abstractmethod
     def for_budget(

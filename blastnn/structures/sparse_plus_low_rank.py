@@ -29,6 +29,7 @@ from blastnn.structures.base import (
     require_positive_int,
     seeded_normal,
 )
+from blastnn.structures.grid import pad_last
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class SparsePlusLowRank(Structure):
         """``(T, n)`` to ``(T, m)``; every shape follows from the spec, none from the data."""
         (k1, k2), (p, q) = self.block_counts, self.block_shape
         count = tokens.shape[0]
-        columns = pad(tokens, (0, k2 * q - self.in_features)).view(count, k2, q)
+        columns = pad_last(tokens, k2 * q).view(count, k2, q)
         gathered = columns.index_select(1, places % k2).transpose(0, 1)  # (kept, T, q)
         products = torch.bmm(gathered, B.mT)  # (kept, T, p)
         rows = products.new_zeros(k1, count, p).index_add(0, places // k2, products)
