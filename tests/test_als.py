@@ -12,13 +12,13 @@ from blastnn.errors import FactorizationError
 from blastnn.factorize import factorize, factorize_many, prepare
 from blastnn.factorize.als_free import FreeSweep
 from blastnn.factorize.als_state import (
-    Scratch,
     State,
     Sweeper,
     descend_couplings,
     solve_rows,
 )
 from blastnn.factorize.als_weighted import WeightedSweep
+from blastnn.factorize.scratch import Scratch
 from blastnn.factorize.svd import approximate_low_rank, whitened_svd
 from blastnn.structures import Blast
 from tests.matrices import independent_error, moment_of, normal

@@ -12,22 +12,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from blastnn.factorize.als_state import (
-    Scratch,
     State,
     Sweeper,
     descend_couplings,
     solve_rows,
     step,
 )
+from blastnn.factorize.blocks import padded_rows
 from blastnn.factorize.problem import Problem
+from blastnn.factorize.scratch import Scratch, chunks
 from blastnn.structures import Blast
 
-# Block rows are taken together while their products of size b2 r^2 stay this small: in a CPU's
-# cache, or large enough to fill a GPU.
-CHUNK_NUMBERS = {"cpu": 2**20, "cuda": 2**28}
 COUPLING_STEPS = 2
 
 
@@ -40,12 +37,10 @@ class FreeSweep(Sweeper):
         self.wide = spec.out_features < spec.in_features
         (b1, b2), (p, q) = spec.blocks, spec.block_shape
         dtype = problems[0].compute_dtype
-        weights = torch.stack([problem.weight.to(dtype) for problem in problems])
-        missing = (b2 * q - weights.shape[2], b1 * p - weights.shape[1])
-        weights = pad(weights, (0, missing[0], 0, missing[1]))
-        self.rows = weights.view(-1, b1, p, b2 * q)  # (k, i, p, n)
+        rows = [padded_rows(problem.weight.to(dtype), spec) for problem in problems]
+        self.rows = torch.stack(rows)  # (k, i, p, n)
         if self.wide:
-            self.rows = weights.mT.contiguous().view(-1, b2, q, b1 * p)
+            self.rows = self.rows.flatten(1, 2).mT.contiguous().view(-1, b2, q, b1 * p)
 
     def sweep(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[State, Tensor]:
         """``U``, ``S`` and ``V`` in turn; the new states and their relative errors ``(k,)``."""
@@ -58,7 +53,8 @@ class FreeSweep(Sweeper):
         U, S, V = torch.empty_like(state.U), torch.empty_like(state.S), state.V
         gram = V.mT @ V  # (k, j, r, t)
         right, normal = torch.zeros_like(V), torch.zeros_like(gram)
-        for rows in self._chunks(gram):
+        largest = max(gram.numel(), V[0].numel())
+        for rows in chunks(U.shape[1], largest, V.device):
             U[:, rows] = self._left(state, rows, gram, omega, ridge)
             products = (self.rows[:, rows].mT @ U[:, rows]).unflatten(2, V.shape[1:3])  # k i j q r
             own = U[:, rows].mT @ U[:, rows]  # (k, i, r, t)
@@ -89,10 +85,3 @@ class FreeSweep(Sweeper):
         W = self.scratch.product("W", own[:, :, None], gram[:, None])
         start = state.S[:, rows]
         return step(start, descend_couplings(W, right, start, COUPLING_STEPS), omega)
-
-    def _chunks(self, gram: Tensor) -> list[slice]:
-        """Block rows that are worked on together."""
-        total = self.rows.shape[1]
-        limit = CHUNK_NUMBERS.get(gram.device.type, CHUNK_NUMBERS["cpu"])
-        size = max(1, min(total, limit // max(gram.numel(), self.rows.shape[3] * gram.shape[-1])))
-        return [slice(start, start + size) for start in range(0, total, size)]

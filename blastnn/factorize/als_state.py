@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -186,36 +185,3 @@ def descend_couplings(W: Tensor, right: Tensor, start: Tensor, steps: int) -> Te
 def _times(W: Tensor, vector: Tensor) -> Tensor:
     """``W vector`` for symmetric ``W``, as a row: eight times as fast in a batch on a CPU."""
     return (vector[..., None, :] @ W)[..., 0, :]
-
-
-# Cached: working a shape out anew takes longer than many a small product.
-_broadcast = lru_cache(torch.broadcast_shapes)
-
-
-class Scratch:
-    """Memory for large products, kept from one to the next.
-
-    A fresh tensor of some megabytes is mapped and cleared by the system each time, which takes
-    over ten times as long as the multiplication that fills it. A product is valid until the
-    next one of the same ``name``.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        """``left * right``, broadcast, in the memory that goes by ``name``."""
-        shape = _broadcast(left.shape, right.shape)
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != shape:
-            kept = self._kept[name] = left.new_empty(shape)
-        return torch.mul(left, right, out=kept)
-
-    def weighted_gram(self, scales: Tensor, gram: Tensor) -> Tensor:
-        """``sum_j (s_j s_j^T) * gram_j`` over the third last dimension of ``gram``."""
-        product = self.product("pairs", gram, scales[..., None, :])
-        return product.mul_(scales[..., None]).sum(-3)
-
-    def scaled(self, factors: Tensor, scales: Tensor) -> Tensor:
-        """``[s_ij F_j]_j``: ``(k, j, q, r)`` and ``(k, i, j, r)`` to ``(k, i, j q, r)``."""
-        return self.product("scaled", factors[:, None], scales[:, :, :, None]).flatten(2, 3)

@@ -8,12 +8,17 @@ from torch.nn.functional import pad
 from blastnn.structures.grid import BlockGrid
 
 
-def split_blocks(matrix: Tensor, spec: BlockGrid) -> Tensor:
-    """``(m, n)`` to ``(b1, b2, p, q)``, contiguous."""
-    (b1, b2), (p, q) = spec.blocks, spec.block_shape
+def padded_rows(matrix: Tensor, spec: BlockGrid) -> Tensor:
+    """``(m, n)`` to its block rows ``(b1, p, b2 q)``."""
     rows, columns = spec.padded_shape
     padded = pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
-    return padded.view(b1, p, b2, q).transpose(1, 2).contiguous()
+    return padded.unflatten(0, (spec.blocks[0], -1))
+
+
+def split_blocks(matrix: Tensor, spec: BlockGrid) -> Tensor:
+    """``(m, n)`` to ``(b1, b2, p, q)``, contiguous."""
+    rows = padded_rows(matrix, spec)
+    return rows.unflatten(2, (spec.blocks[1], -1)).transpose(1, 2).contiguous()
 
 
 def split_moment(moment: Tensor, spec: BlockGrid) -> Tensor:

@@ -28,11 +28,10 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
-from blastnn.factorize.als_free import CHUNK_NUMBERS
-from blastnn.factorize.als_state import Scratch
-from blastnn.factorize.blocks import split_blocks
+from blastnn.factorize.blocks import padded_rows
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
+from blastnn.factorize.scratch import Scratch, chunks
 from blastnn.structures import Blast, Structure
 
 EPSILON = 1e-3
@@ -61,8 +60,7 @@ class _Target:
 
     @classmethod
     def build(cls, problem: Problem, spec: Blast, deviation: Tensor, algorithm: str) -> Self:
-        blocks = split_blocks(problem.weight / deviation, spec).to(problem.compute_dtype)
-        A = blocks.transpose(1, 2).flatten(2).contiguous()
+        A = padded_rows(problem.weight / deviation, spec).to(problem.compute_dtype)
         return cls(A, float(A.double().square().sum()), algorithm)
 
     def loss(self, U: Tensor, S: Tensor, V: Tensor, right: Tensor, moved: Tensor) -> float:
@@ -143,7 +141,9 @@ def _left_normal_equations(target: _Target, S: Tensor, V: Tensor) -> tuple[Tenso
     scaled = target.scratch.product("scaled", V, S[:, :, None])
     right, gram = target.A @ scaled.flatten(1, 2), V.mT @ V
     weighted = target.scratch.weighted_gram
-    return right, torch.cat([weighted(S[rows], gram) for rows in _chunks(S, gram)])
+    return right, torch.cat(
+        [weighted(S[rows], gram) for rows in chunks(S.shape[0], gram.numel(), gram.device)]
+    )
 
 
 def _update_right(
@@ -155,21 +155,23 @@ def _update_right(
     gram_u = U.mT @ U
     right = scratch.product("products", products, S[:, :, None]).sum(0)
     columns = S.transpose(0, 1)
-    weighted = [scratch.weighted_gram(columns[c], gram_u) for c in _chunks(columns, gram_u)]
+    weighted = [
+        scratch.weighted_gram(columns[c], gram_u)
+        for c in chunks(S.shape[1], gram_u.numel(), S.device)
+    ]
     gram = torch.cat(weighted)
     V = V - step(gram, V @ gram - right)
     gram_v = V.mT @ V
     diagonals = scratch.product("seen", products, V).sum(2)  # diag(U_i^T A_ij V_j), (i, j, r)
     new = []
-    for rows in _chunks(S, gram_v):
+    for rows in chunks(S.shape[0], gram_v.numel(), S.device):
         W = scratch.product("W", gram_u[rows, None], gram_v)  # (i, j, r, s)
         gradient = S[rows][..., None, :] @ W - diagonals[rows][..., None, :]
         new.append(S[rows] - step(W, gradient)[..., 0, :])
     return V, torch.cat(new)
 
 
-def _chunks(S: Tensor, gram: Tensor) -> list[slice]:
-    """Block rows whose matrices of the size of ``gram`` fit a cache, or fill a GPU, together."""
-    limit = CHUNK_NUMBERS.get(gram.device.type, CHUNK_NUMBERS["cpu"])
-    size = max(1, limit // gram.numel())
-    return [slice(start, start + size) for start in range(0, S.shape[0], size)]
+def _weighted_grams(scratch: Scratch, S: Tensor, gram: Tensor) -> Tensor:
+    """``sum_j (s_ij s_ij^T) * gram_j`` for every ``i``."""
+    parts = chunks(S.shape[0], gram.numel(), gram.device)
+    return torch.cat([scratch.weighted_gram(S[rows], gram) for rows in parts])

@@ -97,9 +97,7 @@ class _Descent:
             if name not in spec.step_factors()
         }
         self.weight = problem.weight.to(problem.compute_dtype)
-        self.root = None
-        if problem.moment is not None:
-            self.root = torch.linalg.cholesky(problem.moment).to(problem.compute_dtype)
+        self.root = None if problem.root is None else problem.root.to(problem.compute_dtype)
         self.optimizer = torch.optim.LBFGS(
             list(self.free.values()),
             max_iter=1,

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
-from blastnn.factorize.problem import prepare
+from blastnn.factorize.problem import Problem, prepare
 from blastnn.factorize.svd import whitened_svd
 from blastnn.structures import LowRank
 
@@ -59,19 +59,19 @@ def joint_low_rank(
     P, Q, _ = whitened_svd(problem, rank)
     exact = spec.scaled({"U": P, "V": Q}, round(math.log2(problem.scale)))
     U, V = (exact[key].to(stacked.dtype).contiguous() for key in ("U", "V"))
-    parts = U.split([weight.shape[0] for weight in weights])
+    rows = [weight.shape[0] for weight in weights]
+    parts = U.split(rows)
     return JointResult(
         factors=[{"U": part.clone(), "V": V} for part in parts],
         errors=[
-            _error(weight, part, V, second_moment)
-            for weight, part in zip(weights, parts, strict=True)
+            _error(replace(problem, weight=weight), part, V)
+            for weight, part in zip(problem.weight.split(rows), parts, strict=True)
         ],
-        relative_error=_error(stacked, U, V, second_moment),
+        relative_error=_error(problem, U, V),
     )
 
 
-def _error(weight: Tensor, U: Tensor, V: Tensor, second_moment: Tensor | None) -> float:
-    problem = prepare(weight, second_moment)
+def _error(problem: Problem, U: Tensor, V: Tensor) -> float:
     return problem.relative_error(U.double() @ V.double().T / problem.scale)
 
 

@@ -121,9 +121,7 @@ class _Annealing:
         dtype = problem.compute_dtype
         self.problem, self.spec = problem, spec
         self.weight = problem.weight.to(dtype)
-        self.root = None
-        if problem.moment is not None:
-            self.root = torch.linalg.cholesky(problem.moment).to(dtype)
+        self.root = None if problem.root is None else problem.root.to(dtype)
         self.factors = {k: f.to(dtype, copy=True).requires_grad_() for k, f in svd.items()}
         self.boxes = {k: f.to(dtype, copy=True).requires_grad_() for k, f in boxes.items()}
         groups = [

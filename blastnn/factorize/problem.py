@@ -40,6 +40,11 @@ class Problem:
     compute_dtype: torch.dtype
 
     @cached_property
+    def root(self) -> Tensor | None:
+        """``L`` with ``C = L L^T``, lower triangular, float64; None without data."""
+        return None if self.moment is None else torch.linalg.cholesky(self.moment)
+
+    @cached_property
     def energy(self) -> float:
         """``|| A L ||_F^2``, the denominator of the squared relative error of the solvers."""
         return _energy(self.weight, self.moment)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
+from blastnn.factorize.whiten import halves
 from blastnn.structures import LowRank, Structure
 
 STRUCTURES = (LowRank,)
@@ -25,21 +26,21 @@ def whitened_svd(problem: Problem, rank: int) -> tuple[Tensor, Tensor, float]:
         ``P (m, rank)`` and ``Q (n, rank)``, each carrying half of the singular values, float64, and
         the squared error ``|| (A - P Q^T) L ||^2``. Ranks beyond ``min(m, n)`` are zero columns.
     """
-    weight, factor = problem.weight, None
-    if problem.moment is not None:
-        factor = torch.linalg.cholesky(problem.moment)
-        weight = weight @ factor
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    kept = min(rank, values.numel())
-    roots = values[:kept].sqrt()
-    P, Q = left[:, :kept] * roots, right[:kept].T * roots
-    if factor is not None:
-        Q = torch.linalg.solve_triangular(factor.T, Q, upper=True)
-    missing = rank - kept
-    if missing:
-        P = torch.nn.functional.pad(P, (0, missing))
-        Q = torch.nn.functional.pad(Q, (0, missing))
-    return P, Q, float(values[kept:].square().sum())
+    left, values, right = torch.linalg.svd(_whitened(problem), full_matrices=False)
+    P, Q = halves(left, values, right, rank)
+    return P, _coloured(Q, problem.root), float(values[rank:].square().sum())
+
+
+def _whitened(problem: Problem) -> Tensor:
+    """``A L``."""
+    return problem.weight if problem.root is None else problem.weight @ problem.root
+
+
+def _coloured(Q: Tensor, root: Tensor | None) -> Tensor:
+    """``L^-T Q``: the right factor for ``A`` from that for ``A L``."""
+    if root is None:
+        return Q
+    return torch.linalg.solve_triangular(root.mT, Q.to(root), upper=True).to(Q)
 
 
 def approximate_low_rank(
@@ -55,11 +56,7 @@ def approximate_low_rank(
     if min(problem.weight.shape) <= SMALL:
         exact = whitened_svd(problem, rank)
         return exact[0], exact[1]
-    weight, factor = problem.weight, None
-    if problem.moment is not None:
-        factor = torch.linalg.cholesky(problem.moment)
-        weight = weight @ factor
-    weight = weight.to(problem.compute_dtype)
+    weight = _whitened(problem).to(problem.compute_dtype)
     width = min(rank + oversampling, *weight.shape)
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randn(weight.shape[1], width, generator=generator).to(weight)
@@ -67,11 +64,8 @@ def approximate_low_rank(
     for _ in range(passes):
         basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.mT @ basis).Q).Q
     left, values, right = torch.linalg.svd(basis.mT @ weight, full_matrices=False)
-    roots = values[:rank].sqrt()
-    P, Q = basis @ left[:, :rank] * roots, right[:rank].mT * roots
-    if factor is not None:
-        Q = torch.linalg.solve_triangular(factor.mT, Q.double(), upper=True).to(Q)
-    return P, Q
+    P, Q = halves(basis @ left, values, right, rank)
+    return P, _coloured(Q, problem.root)
 
 
 def solve(problem: Problem, spec: Structure, seed: int) -> Solution:

@@ -14,6 +14,11 @@ def truncated_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     columns.
     """
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    return halves(left, values, right, rank)
+
+
+def halves(left: Tensor, values: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading ``rank`` triplets of an SVD as ``P``, ``Q``, as ``truncated_svd`` has them."""
     kept = min(rank, values.shape[-1])
     roots = values[..., None, :kept].sqrt()
     P, Q = left[..., :kept] * roots, right[..., :kept, :].mT * roots

@@ -200,6 +200,21 @@ def seeded_normal(
     return torch.randn(shape, generator=generator(seed, stream)).to(device=device, dtype=dtype)
 
 
+def normal_factors(
+    spec: Structure,
+    stds: float | Mapping[str, float],
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """Normal factors of the given standard deviations, each from a stream of its own."""
+    return {
+        name: (stds if isinstance(stds, float) else stds[name])
+        * seeded_normal(shape, seed, stream, dtype, device)
+        for stream, (name, shape) in enumerate(spec.factor_shapes().items())
+    }
+
+
 def generator(seed: int, stream: int) -> torch.Generator:
     """A generator for one factor; neighbouring seeds share no numbers between factors."""
     return torch.Generator().manual_seed(seed * 1_000_003 + stream)

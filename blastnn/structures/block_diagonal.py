@@ -17,9 +17,9 @@ from blastnn.errors import StructureError
 from blastnn.structures.base import (
     Factors,
     Structure,
+    normal_factors,
     rank_for_budget,
     require_positive_int,
-    seeded_normal,
 )
 from blastnn.structures.grid import block_pair, check_blocks_fit, pad_last
 from blastnn.structures.registry import register
@@ -99,10 +99,7 @@ class BlockDiagonal(Structure):
         """
         variance = self.out_features / self._entries()
         std = variance**0.5 if self.rank is None else (variance / self.rank) ** 0.25
-        return {
-            name: std * seeded_normal(shape, seed, i, dtype, device)
-            for i, (name, shape) in enumerate(self.factor_shapes().items())
-        }
+        return normal_factors(self, std, seed, dtype, device)
 
     def _entries(self) -> int:
         """How many entries of the matrix lie in a block."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from blastnn.structures.base import Factors, seeded_normal
+from blastnn.structures.base import Factors, normal_factors
 from blastnn.structures.blast import FEW_TOKENS
 from blastnn.structures.grid import BlockGrid, pad_last
 from blastnn.structures.registry import register
@@ -74,10 +74,7 @@ class BlockLowRank(BlockGrid):
     ) -> dict[str, Tensor]:
         """Normal factors; an entry is a sum of ``t`` products, so ``t std^4 = 1/n``."""
         std = (1.0 / (self.in_features * self.rank)) ** 0.25
-        return {
-            name: std * seeded_normal(shape, seed, i, dtype, device)
-            for i, (name, shape) in enumerate(self.factor_shapes().items())
-        }
+        return normal_factors(self, std, seed, dtype, device)
 
 
 @register

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.structures.base import Factors, require_positive_int, seeded_normal
+from blastnn.structures.base import Factors, normal_factors, require_positive_int
 from blastnn.structures.blast import FEW_TOKENS
 from blastnn.structures.grid import BlockGrid, block_pair, pad_last
 from blastnn.structures.registry import register
@@ -63,12 +63,9 @@ class BLR2(BlockGrid):
         device: torch.device | str = "cpu",
     ) -> dict[str, Tensor]:
         """Normal factors: couplings of variance ``1/r``, bases with ``r std^4 = 1/n``."""
-        shapes, std = self.factor_shapes(), (1.0 / (self.in_features * self.rank)) ** 0.25
-        return {
-            "U": std * seeded_normal(shapes["U"], seed, 0, dtype, device),
-            "S": self.rank**-0.5 * seeded_normal(shapes["S"], seed, 1, dtype, device),
-            "V": std * seeded_normal(shapes["V"], seed, 2, dtype, device),
-        }
+        std = (1.0 / (self.in_features * self.rank)) ** 0.25
+        stds = {"U": std, "S": self.rank**-0.5, "V": std}
+        return normal_factors(self, stds, seed, dtype, device)
 
     @classmethod
     def for_budget(

@@ -12,9 +12,9 @@ from blastnn.errors import StructureError
 from blastnn.structures.base import (
     Factors,
     Structure,
+    normal_factors,
     rank_for_budget,
     require_positive_int,
-    seeded_normal,
 )
 from blastnn.structures.registry import register
 
@@ -53,10 +53,7 @@ class LowRank(Structure):
     ) -> dict[str, Tensor]:
         """``U, V ~ N(0, 1 / sqrt(n r))`` in variance, so that the product has variance 1/n."""
         std = (1.0 / (self.in_features * self.rank)) ** 0.25
-        return {
-            name: std * seeded_normal(shape, seed, i, dtype, device)
-            for i, (name, shape) in enumerate(self.factor_shapes().items())
-        }
+        return normal_factors(self, std, seed, dtype, device)
 
     @classmethod
     def for_budget(

@@ -26,8 +26,8 @@ from blastnn.errors import StructureError
 from blastnn.structures.base import (
     Factors,
     Structure,
+    normal_factors,
     require_positive_int,
-    seeded_normal,
 )
 from blastnn.structures.grid import pad_last
 
@@ -130,10 +130,7 @@ class SparsePlusLowRank(Structure):
             "U": (2.0 * self.in_features * self.rank) ** -0.25,
             "V": (2.0 * self.in_features * self.rank) ** -0.25,
         }
-        return {
-            name: stds[name] * seeded_normal(shape, seed, stream, dtype, device)
-            for stream, (name, shape) in enumerate(self.factor_shapes().items())
-        }
+        return normal_factors(self, stds, seed, dtype, device)
 
 
 def check_share(share: float) -> None:
