@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from blastnn.errors import StructureError
 from blastnn.factorize import factorize
+from blastnn.kernels import matmul, number_of
 from blastnn.structures import Factors, Structure
 
 
@@ -32,6 +33,7 @@ class StructuredLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self._number = number_of(spec)
         self.in_features, self.out_features = spec.in_features, spec.out_features
         for name, shape in spec.factor_shapes().items():
             self.register_parameter(
@@ -44,6 +46,10 @@ class StructuredLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = number_of(self.spec)  # numbers mean nothing in another process
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -63,7 +69,7 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        y = self.spec.matmul(x, self.factors)
+        y = matmul(self.spec, self._number, x, self.factors)
         return y if self.bias is None else y + self.bias
 
     def to_dense(self) -> Tensor:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "blastnn"
 FLOORS = [
     {"version", "errors", "files"},
     {"structures", "models"},
-    {"factorize"},
+    {"factorize", "kernels"},
     {"linear"},
     {"checkpoint"},
     {"integrations"},
@@ -24,7 +24,10 @@ FLOORS = [
     {"cli"},
     {"__main__", "__init__"},
 ]
-SEPARATE = {("models", "structures"), ("structures", "models")}
+SEPARATE = {("models", "structures"), ("structures", "models")} | {
+    ("factorize", "kernels"),
+    ("kernels", "factorize"),
+}
 
 
 def room_of(path: Path) -> str:

@@ -1,0 +1,7 @@
+"""Factors times activations, fast: one file a kernel, chosen by a visible table."""
+
+from blastnn.kernels.dispatch import TABLE as TABLE
+from blastnn.kernels.dispatch import Choice as Choice
+from blastnn.kernels.dispatch import choose as choose
+from blastnn.kernels.dispatch import matmul as matmul
+from blastnn.kernels.dispatch import number_of as number_of

@@ -1,0 +1,20 @@
+"""Plain PyTorch: the structure's own product. Every device, dtype and structure; the oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blastnn.structures import Factors, Structure
+
+NAME = "reference"
+
+
+def obstacle(spec: Structure, device: str, dtype: torch.dtype) -> str | None:
+    """None: it serves everything."""
+    return None
+
+
+def matmul(spec: Structure, x: Tensor, factors: Factors) -> Tensor:
+    """``Structure.matmul``."""
+    return spec.matmul(x, factors)
