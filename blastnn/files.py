@@ -95,3 +95,11 @@ def sha256_of(path: Path) -> str:
 def sha256_of_text(text: str) -> str:
     """Hex digest of a text's UTF-8 bytes."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def cache_folder() -> Path:
+    """``$BLASTNN_CACHE``, else ``blastnn`` in the user's cache folder; created if missing."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blastnn"
+    folder = Path(os.environ.get("BLASTNN_CACHE", default))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

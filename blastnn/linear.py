@@ -70,7 +70,7 @@ class StructuredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
         y = matmul(self.spec, self._number, x, self.factors)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast lowers y alone
 
     def to_dense(self) -> Tensor:
         """The dense weight, ``(out_features, in_features)``."""

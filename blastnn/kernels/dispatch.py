@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.kernels import reference
+from blastnn.kernels import native, reference
 from blastnn.structures import Factors, Structure
 
 # The first kernel of a device's row that has no obstacle is taken; the last serves everything.
 TABLE: dict[str, tuple[ModuleType, ...]] = {
-    "cpu": (reference,),
+    "cpu": (native, reference),
     "cuda": (reference,),
 }
 OTHERWISE: tuple[ModuleType, ...] = (reference,)
@@ -78,8 +78,12 @@ def matmul(spec: Structure, number: int, x: Tensor, factors: Factors) -> Tensor:
             not ``in_features``.
     """
     spec.check_input(x)
-    check_operands(spec, x, factors)
     device = x.device.type
+    if device in TABLE and torch.is_autocast_enabled(
+        device
+    ):  # plain products follow its rules by themselves
+        return spec.matmul(x, factors)
+    check_operands(spec, x, factors)
     kernel = TABLE.get(device, OTHERWISE)[_place(number, device, x.dtype)]
     y: Tensor = kernel.matmul(spec, x, factors)
     return y

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blastnn.errors import ModelError
-from blastnn.files import sha256_of
-from blastnn.models.packages import cache_folder
+from blastnn.files import cache_folder, sha256_of
 
 NOTE = "dense weights dequantised from a GGUF file: they were once stored in few bits"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blastnn.errors import ModelError
-from blastnn.files import sha256_of
+from blastnn.files import cache_folder, sha256_of
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,6 @@ class Package:
     version: str
     sha256: str
     licence: str
-
-
-def cache_folder() -> Path:
-    """``$BLASTNN_CACHE``, else ``blastnn`` in the user's cache folder; created if missing."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blastnn"
-    folder = Path(os.environ.get("BLASTNN_CACHE", default))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def unpack(package: Package, members: list[str], say: Callable[[str], None]) -> Path:

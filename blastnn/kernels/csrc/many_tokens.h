@@ -1,0 +1,146 @@
+// More than a few tokens: chunks of tokens, whose stages go through packed panels.
+//
+// For a chunk, a thread takes a range of the rank, panel by panel: z_j = V_j^T x_j for all j, then
+// w_i = sum_j s_ij z_j while z is still in its cache; after a barrier it takes panels of output
+// rows, y_i = U_i w_i. No tensor of b1 b2 T r numbers, and every weight is packed once a chunk.
+#pragma once
+
+#include "panel.h"
+#include "product.h"
+
+constexpr long CHUNK = 256;             // tokens
+constexpr long CACHE = 64 * 1024;       // floats of z that a thread works on at a time
+constexpr long ROW_TILE = 4 * PANEL;    // output rows between two packings
+
+// ROWS block rows of w for TOKENS tokens and W columns: z is (b2, ., ldz), s (b1, b2, W) of floats.
+template <int ROWS, int TOKENS>
+inline void couple_few(long b2, const float* s, const float* z, long ldz, long next_column, float* w,
+                       long ldw, long next_row) {
+  Vec total[ROWS][TOKENS] = {};
+  for (long j = 0; j < b2; ++j) {
+    Vec zs[TOKENS];
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) zs[t] = load(z + j * next_column + t * ldz);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      Vec coupling = load(s + (i * b2 + j) * W);
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t) add(total[i][t], coupling, zs[t]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) store(w + i * next_row + t * ldw, total[i][t]);
+}
+
+template <int TOKENS>
+inline void couple_all_rows(long b1, long b2, const float* s, const float* z, long ldz,
+                            long next_column, float* w, long ldw, long next_row) {
+  long i = 0;
+  for (; i + 4 <= b1; i += 4)
+    couple_few<4, TOKENS>(b2, s + i * b2 * W, z, ldz, next_column, w + i * next_row, ldw, next_row);
+  for (; i < b1; ++i)
+    couple_few<1, TOKENS>(b2, s + i * b2 * W, z, ldz, next_column, w + i * next_row, ldw, next_row);
+}
+
+// w_i = sum_j s_ij z_j over the columns `rank`; z is (b2, tokens, ldz), w (b1, tokens, ldw).
+template <class T>
+void couple_tile(const Product<T>& a, long tokens, Range rank, const float* z, long ldz, float* w,
+                 long ldw, float* s) {
+  for (long c = rank.from; c < rank.to; c += W) {
+    long lanes = std::min(long(W), rank.to - c);
+    for (long ij = 0; ij < a.b1 * a.b2; ++ij)
+      for (long k = 0; k < W; ++k) s[ij * W + k] = k < lanes ? to_float(a.S[ij * a.r + c + k]) : 0.0f;
+    const float* zc = z + c - rank.from;
+    long t = 0;
+    for (; t + 3 <= tokens; t += 3)
+      couple_all_rows<3>(a.b1, a.b2, s, zc + t * ldz, ldz, tokens * ldz, w + t * ldw + c, ldw,
+                         tokens * ldw);
+    for (; t < tokens; ++t)
+      couple_all_rows<1>(a.b1, a.b2, s, zc + t * ldz, ldz, tokens * ldz, w + t * ldw + c, ldw,
+                         tokens * ldw);
+  }
+}
+
+// z_j for all j, then w, over the columns `rank`; x is (b2, tokens, ldq).
+template <class T>
+void right_and_couple_tile(const Product<T>& a, long tokens, Range rank, const float* x, long ldq,
+                           float* z, float* panels, float* w, long ldw) {
+  long width = rank.to - rank.from, ldz = (width + PANEL - 1) / PANEL * PANEL;
+  long depth = std::clamp(long(DEPTH) * 4 * PANEL / ldz, 32L, long(DEPTH));
+  for (long j = 0; j < a.b2; ++j)
+    for (long k = 0; k < a.q; k += depth) {
+      long rows = std::min(depth, a.q - k);
+      pack(rows, width, a.V + (j * a.q + k) * a.r + rank.from, a.r, panels);
+      multiply(tokens, width, rows, x + j * tokens * ldq + k, ldq, panels, z + j * tokens * ldz, ldz,
+               k > 0);
+    }
+  if (a.S) return couple_tile(a, tokens, rank, z, ldz, w, ldw, panels);
+  for (long t = 0; t < tokens; ++t)
+    std::copy(z + t * ldz, z + t * ldz + width, w + t * ldw + rank.from);
+}
+
+// y_i = U_i w_i for `count` rows of block row i from row `row` of it on.
+template <class T>
+void left_tile(const Product<T>& a, long first, long tokens, long i, long row, long count,
+               const float* w, long ldw, float* panels, float* out) {
+  for (long k = 0; k < a.r; k += DEPTH) {
+    long depth = std::min(long(DEPTH), a.r - k);
+    pack_transposed(depth, count, a.U + (i * a.p + row) * a.r + k, a.r, panels);
+    multiply(tokens, count, depth, w + i * tokens * ldw + k, ldw, panels, out, ROW_TILE, k > 0);
+  }
+  long shown = std::min(count, a.out_features - (i * a.p + row));
+  for (long t = 0; t < tokens; ++t) {
+    T* y = a.y + (first + t) * a.out_features + i * a.p + row;
+    for (long c = 0; c < shown; ++c) put(y + c, out[t * ROW_TILE + c]);
+  }
+}
+
+template <class T>
+void left_panels(const Product<T>& a, long first, long tokens, Range panels_of_all, const float* w,
+                 long ldw, float* panels, float* out) {
+  long per_block = (a.p + PANEL - 1) / PANEL;
+  for (long unit = panels_of_all.from; unit < panels_of_all.to;) {
+    long i = unit / per_block, panel = unit % per_block;
+    long end = std::min({panels_of_all.to - i * per_block, per_block, panel + ROW_TILE / PANEL});
+    long row = panel * PANEL, count = std::min(end * PANEL, a.p) - row;
+    left_tile(a, first, tokens, i, row, count, w, ldw, panels, out);
+    unit += end - panel;
+  }
+}
+
+template <class T>
+void many_tokens(const Product<T>& a, int threads) {
+  long chunks = (a.tokens + CHUNK - 1) / CHUNK;
+  long chunk = ((a.tokens + chunks - 1) / chunks + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
+  long ldw = row_stride(a.r), ldq = row_stride(a.q);
+  long tile = std::clamp(CACHE / (a.b2 * chunk) / PANEL, 1L, 32L) * PANEL;
+  size_t x_size = chunk * a.b2 * ldq, w_size = a.b1 * chunk * ldw;
+  size_t z_size = a.b2 * chunk * tile, out_size = chunk * ROW_TILE;
+  size_t panel_size = std::max({DEPTH * ROW_TILE, 32 * tile, a.b1 * a.b2 * W});
+  size_t own = z_size + out_size + panel_size;
+  float* x = scratch(x_size + w_size + threads * own);
+  float *w = x + x_size, *rest = w + w_size;
+  auto part = [&](int thread, int threads, auto barrier) {
+    float *z = rest + thread * own, *out = z + z_size, *panels = out + out_size;
+    long units = a.b1 * ((a.p + PANEL - 1) / PANEL);
+    for (long first = 0; first < a.tokens; first += chunk) {
+      long tokens = std::min(chunk, a.tokens - first);
+      split_columns(a, first, tokens, share(tokens, 1, thread, threads), x, ldq);
+      barrier();
+      Range rank = share(a.r, PANEL, thread, threads);
+      for (long c = rank.from; c < rank.to; c += tile)
+        right_and_couple_tile(a, tokens, {c, std::min(c + tile, rank.to)}, x, ldq, z, panels, w,
+                              ldw);
+      barrier();
+      left_panels(a, first, tokens, share(units, 1, thread, threads), w, ldw, panels, out);
+      barrier();
+    }
+  };
+  if (threads == 1) return part(0, 1, [] {});
+#pragma omp parallel num_threads(threads)
+  part(omp_get_thread_num(), omp_get_num_threads(), [] {
+#pragma omp barrier
+  });
+}

@@ -1,0 +1,112 @@
+// Products of packed panels, the inner loop of every stage with more than a few tokens.
+//
+// C (tokens x columns) = A (tokens x depth) B (depth x columns), float32 throughout: B is packed
+// into panels of PANEL columns, contiguous along the depth; A is row-major. A micro-kernel keeps
+// ROWS x 2 vectors of C in registers (Goto and van de Geijn 2008). Every element of C is one chain
+// of fused multiply-adds in the order of the depth, whatever the blocking and the thread count.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+constexpr int PANEL = 2 * W;
+constexpr int DEPTH = 256;  // of a panel: PANEL * DEPTH floats stay in the first-level cache
+
+template <int ROWS, int VECS>
+inline void micro(int depth, const float* __restrict a, long lda, const float* __restrict panel,
+                  float* __restrict c, long ldc, bool accumulate) {
+  Vec acc[ROWS][VECS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * W) : Vec{};
+  for (int k = 0; k < depth; ++k) {
+    Vec b[VECS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; ++v) b[v] = load(panel + long(k) * PANEL + v * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      Vec value = broadcast(a[i * lda + k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECS; ++v) add(acc[i][v], value, b[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECS; ++v) store(c + i * ldc + v * W, acc[i][v]);
+}
+
+template <int VECS, int ROWS = MAX_ROWS>
+inline void rest_of_rows(int rows, int depth, const float* a, long lda, const float* panel,
+                         float* c, long ldc, bool accumulate) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS)
+      micro<ROWS, VECS>(depth, a, lda, panel, c, ldc, accumulate);
+    else
+      rest_of_rows<VECS, ROWS - 1>(rows, depth, a, lda, panel, c, ldc, accumulate);
+  }
+}
+
+// C (tokens, columns <= PANEL) (+)= A (tokens, depth) panel. C has room for whole vectors.
+template <int VECS>
+inline void all_rows(int tokens, int depth, const float* a, long lda, const float* panel, float* c,
+                     long ldc, bool accumulate) {
+  int done = 0;
+  for (; done + MAX_ROWS <= tokens; done += MAX_ROWS)
+    micro<MAX_ROWS, VECS>(depth, a + done * lda, lda, panel, c + done * ldc, ldc, accumulate);
+  rest_of_rows<VECS>(tokens - done, depth, a + done * lda, lda, panel, c + done * ldc, ldc,
+                     accumulate);
+}
+
+// C (tokens, columns) (+)= A (tokens, depth) times packed panels, `depth` rows of them.
+inline void multiply(int tokens, int columns, int depth, const float* a, long lda,
+                     const float* panels, float* c, long ldc, bool accumulate) {
+  for (int from = 0; from < columns; from += PANEL) {
+    const float* panel = panels + long(from) * depth;
+    if (columns - from > W)
+      all_rows<2>(tokens, depth, a, lda, panel, c + from, ldc, accumulate);
+    else
+      all_rows<1>(tokens, depth, a, lda, panel, c + from, ldc, accumulate);
+  }
+}
+
+// Panels of rows `b` (depth x columns, row-major with stride ldb): copied, zeros on the right.
+template <class T>
+inline void pack(int depth, int columns, const T* b, long ldb, float* panels) {
+  for (int from = 0; from < columns; from += PANEL) {
+    int width = std::min(PANEL, columns - from);
+    float* to = panels + long(from) * depth;
+    for (int k = 0; k < depth; ++k, to += PANEL) {
+      const T* row = b + long(k) * ldb + from;
+      __builtin_prefetch(row + 8 * ldb);
+      if (width == PANEL) {
+        store(to, load(row));
+        store(to + W, load(row + W));
+      } else {
+        for (int c = 0; c < PANEL; ++c) to[c] = c < width ? to_float(row[c]) : 0.0f;
+      }
+    }
+  }
+}
+
+// Panels of the transpose of `b` (columns x depth, row-major): columns of the product are its rows.
+template <class T>
+inline void pack_transposed(int depth, int columns, const T* b, long ldb, float* panels) {
+  for (int from = 0; from < columns; from += W) {
+    float* to = panels + long(from / PANEL) * PANEL * depth + from % PANEL;
+    int width = std::min(W, columns - from), k = 0;
+    for (; k + W <= depth; k += W) {
+      Vec rows[W];
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) rows[c] = c < width ? load(b + long(from + c) * ldb + k) : Vec{};
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) store(to + long(k + c) * PANEL, rows[c]);
+    }
+    for (; k < depth; ++k)
+      for (int c = 0; c < W; ++c)
+        to[long(k) * PANEL + c] = c < width ? to_float(b[long(from + c) * ldb + k]) : 0.0f;
+  }
+}

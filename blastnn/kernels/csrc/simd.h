@@ -1,0 +1,121 @@
+// Vectors of W floats through the compiler's own vector types: one source for AVX2, AVX-512, NEON.
+// Only the fused multiply-add is asked for by name: compilers split `a * b + c` as they see fit, in
+// one place and not in another, and then equal sums would differ in their last bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+constexpr int MAX_ROWS = 12;  // of a micro-kernel: 24 accumulators of 32 registers
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int W = 8;
+constexpr int MAX_ROWS = 6;  // 12 accumulators of 16 registers
+#else
+constexpr int W = 4;
+constexpr int MAX_ROWS = 8;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef float LooseVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint32_t UintVec __attribute__((vector_size(4 * W)));
+typedef uint16_t LooseHalves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef int8_t LooseBytes __attribute__((vector_size(W), aligned(1), may_alias));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Vec broadcast(float value) { return value - Vec{}; }
+
+// total += a * b, rounded once.
+inline void add(Vec& total, Vec a, Vec b) {
+#if defined(__AVX512F__)
+  total = _mm512_fmadd_ps(a, b, total);
+#elif defined(__AVX2__) && defined(__FMA__)
+  total = _mm256_fmadd_ps(a, b, total);
+#elif defined(__ARM_NEON)
+  total = vfmaq_f32(total, a, b);
+#else
+  for (int lane = 0; lane < W; ++lane) total[lane] = std::fma(a[lane], b[lane], total[lane]);
+#endif
+}
+
+inline void add(float& total, float a, float b) { total = std::fma(a, b, total); }
+
+inline Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
+
+inline Vec load(const BFloat16* from) {
+  auto halves = *reinterpret_cast<const LooseHalves*>(from);
+  return reinterpret_cast<Vec>(__builtin_convertvector(halves, UintVec) << 16);
+}
+
+inline Vec load(const int8_t* from) {
+  return __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(from), Vec);
+}
+
+inline void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(int8_t value) { return value; }
+
+inline float to_float(BFloat16 value) {
+  uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void put(float* to, float value) { *to = value; }
+
+// Rounded to nearest, ties to even; a NaN stays one.
+inline void put(BFloat16* to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) {
+    to->bits = uint16_t((bits >> 16) | 0x40);
+  } else {
+    to->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+inline float sum(Vec value) {
+  float total = 0;
+  for (int lane = 0; lane < W; ++lane) total += value[lane];
+  return total;
+}
+
+// One exchange of a block transpose: blocks of D lanes swap between vectors D apart.
+template <int D, bool FIRST, size_t... LANE>
+inline Vec exchanged(Vec a, Vec b, std::index_sequence<LANE...>) {
+  if constexpr (FIRST)
+    return __builtin_shufflevector(a, b, (LANE & D ? W + LANE - D : LANE)...);
+  else
+    return __builtin_shufflevector(a, b, (LANE & D ? W + LANE : LANE + D)...);
+}
+
+// W vectors as a W x W matrix, transposed in registers.
+template <int D = W / 2>
+inline void transpose(Vec* rows) {
+  if constexpr (D > 0) {
+    constexpr std::make_index_sequence<W> lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & D)) {
+        Vec a = rows[i], b = rows[i + D];
+        rows[i] = exchanged<D, true>(a, b, lanes);
+        rows[i + D] = exchanged<D, false>(a, b, lanes);
+      }
+    transpose<D / 2>(rows);
+  }
+}

@@ -1,0 +1,81 @@
+"""The C++ kernel for CPUs: BLAST and low rank, float32 and bfloat16, any number of tokens.
+
+The three stages of Algorithm 1 are blocked over tokens and rank, so that what lies between them
+stays in cache (``csrc/``: ``few_tokens.h`` streams the factors once for up to 16 tokens,
+``many_tokens.h`` multiplies packed panels). bfloat16 is widened on the way in, sums are float32.
+Every element is summed in one order, whatever the number of threads: equal bits on equal machines.
+
+``torch.ops.blastnn.blast(x, U, S, V, out_features)``: ``x (..., n)``, ``U (b1, p, r)``,
+``S (b1, b2, r)`` or None for couplings of 1, ``V (b2, q, r)``, to ``(..., m)``. An ordinary
+operator to ``torch.compile``, ``torch.export`` and autograd.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blastnn.kernels.blast_backward import blast_backward
+from blastnn.kernels.build import BuildError, library
+from blastnn.structures import Blast, Factors, LowRank, Structure
+
+NAME = "native"
+DTYPES = (torch.float32, torch.bfloat16)
+log = logging.getLogger("blastnn")
+
+
+def obstacle(spec: Structure, device: str, dtype: torch.dtype) -> str | None:
+    """Why this kernel cannot serve, or None; the first call that gets that far compiles it."""
+    if type(spec) not in (Blast, LowRank):
+        return f"it multiplies blast and lowrank matrices, not {spec.name}"
+    if device != "cpu":
+        return f"it runs on CPUs, not on {device}"
+    if dtype not in DTYPES:
+        return f"it computes in float32 and bfloat16, not in {dtype}"
+    return _failure()
+
+
+def matmul(spec: Structure, x: Tensor, factors: Factors) -> Tensor:
+    """``x @ A.T`` for ``x (..., n)``."""
+    U, V = factors["U"], factors["V"]
+    if isinstance(spec, LowRank):
+        U, V = U.unsqueeze(0), V.unsqueeze(0)
+    y: Tensor = torch.ops.blastnn.blast(x, U, factors.get("S"), V, spec.out_features)
+    return y
+
+
+@cache
+def _failure() -> str | None:
+    """Compile, load and register, once a session; the reason, logged once, where that fails."""
+    try:
+        torch.ops.load_library(library())
+    except (BuildError, OSError) as error:
+        reason = f"it could not be built: {error}"
+        log.warning("blastnn's CPU kernel is not used, plain PyTorch is: %s", error)
+        return reason
+    torch.library.register_fake("blastnn::blast", _shape)
+    torch.library.register_autograd("blastnn::blast", _backward, setup_context=_save)
+    return None
+
+
+def _shape(x: Tensor, U: Tensor, S: Tensor | None, V: Tensor, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients in plain PyTorch, for inputs with any leading dimensions."""
+    x, U, S, V = ctx.saved_tensors
+    couplings = U.new_ones(1, 1, U.shape[2]) if S is None else S
+    wanted = list(ctx.needs_input_grad[:4])
+    gx, gU, gS, gV = blast_backward(
+        grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1]), U, couplings, V, wanted
+    )
+    return None if gx is None else gx.view(x.shape), gU, gS, gV, None

@@ -1,0 +1,224 @@
+"""Every kernel of the dispatch table against the structure's own product, and the table itself."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from blastnn.errors import StructureError
+from blastnn.kernels import TABLE, choose, dispatch, native, reference
+from blastnn.kernels.build import BuildError, find_compiler
+from blastnn.linear import StructuredLinear
+from blastnn.structures import STRUCTURES, Blast, LowRank, Structure, cast_factors
+
+SPECS = [
+    Blast(13, 11, rank=5, blocks=(3, 2)),
+    Blast(31, 9, rank=1, blocks=(1, 1)),
+    Blast(101, 67, rank=37, blocks=(5, 7)),
+    Blast(67, 101, rank=40, blocks=(16, 2)),
+    Blast(192, 576, rank=70, blocks=(4, 4)),
+    Blast(96, 513, rank=17, blocks=(2, 1)),
+    Blast(300, 520, rank=129, blocks=(16, 16)),
+    LowRank(61, 47, rank=13),
+    LowRank(128, 256, rank=64),
+]
+# Around every border: one to four at a time, few and many, whole micro-kernels, two chunks.
+TOKENS = [1, 2, 3, 4, 5, 7, 15, 16, 17, 24, 25, 67, 256, 257, 600]
+KERNELS = [kernel for kernel in TABLE["cpu"] if kernel is not reference]
+every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.NAME)
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+
+
+def fresh(spec: Structure, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Factors that no earlier run has seen, with something in the padding."""
+    return {k: torch.randn(s).div(4).to(dtype) for k, s in spec.factor_shapes().items()}
+
+
+def error(y: Tensor, exact: Tensor) -> float:
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+def serves(kernel, spec: Structure, dtype: torch.dtype) -> bool:
+    return kernel.obstacle(spec, "cpu", dtype) is None
+
+
+@every_kernel
+@every_spec
+@every_dtype
+def test_error_is_at_most_twice_that_of_plain_pytorch(kernel, spec, dtype):
+    assert serves(kernel, spec, dtype)
+    torch.seed()
+    mine = plain = 0.0
+    for tokens in TOKENS:
+        factors, x = fresh(spec, dtype), torch.randn(tokens, spec.in_features).to(dtype)
+        exact = x.double() @ spec.to_dense(cast_factors(factors, torch.float64)).T
+        y = kernel.matmul(spec, x, factors)
+        assert (y.shape, y.dtype) == (exact.shape, dtype)
+        one = error(y, exact)
+        assert one <= 4 * error(spec.matmul(x, factors), exact) + 1e-8, tokens
+        mine += one**2
+        plain += error(spec.matmul(x, factors), exact) ** 2
+    assert mine**0.5 <= 2 * plain**0.5
+
+
+@every_kernel
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (4, 9), (0,), (2, 0), (0, 3)])
+def test_leading_dimensions_are_kept(kernel, leading):
+    spec = SPECS[2]
+    factors, x = fresh(spec, torch.float32), torch.randn(*leading, spec.in_features)
+    y = kernel.matmul(spec, x, factors)
+    assert y.shape == (*leading, spec.out_features)
+    torch.testing.assert_close(y, spec.matmul(x, factors), rtol=1e-4, atol=1e-4)
+
+
+@every_kernel
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_memory_layout_does_not_matter(kernel, tokens):
+    spec = SPECS[2]
+    factors = fresh(spec, torch.float32)
+    turned = {key: f.mT.contiguous().mT for key, f in factors.items()}
+    n = spec.in_features
+    for x in (
+        torch.randn(n, tokens).T,
+        torch.randn(2 * tokens, 2 * n)[::2, ::2],
+        torch.randn(1, n).expand(tokens, n),
+    ):
+        expected = kernel.matmul(spec, x.contiguous(), factors)
+        assert torch.equal(kernel.matmul(spec, x, turned), expected)
+
+
+@every_kernel
+@every_dtype
+def test_bits_depend_on_neither_threads_nor_calls(kernel, dtype):
+    threads = torch.get_num_threads()
+    for spec in (SPECS[2], SPECS[6]):
+        factors, x = fresh(spec, dtype), torch.randn(300, spec.in_features).to(dtype)
+        for part in (x[:1], x[:9], x[:30], x):
+            results = []
+            for count in (1, 2, 3, 2):
+                torch.set_num_threads(count)
+                results.append(kernel.matmul(spec, part, factors))
+            torch.set_num_threads(threads)
+            assert all(torch.equal(results[0], other) for other in results)
+
+
+@every_kernel
+def test_no_output_is_left_over_from_older_memory(kernel):
+    spec = SPECS[2]
+    factors, x = fresh(spec, torch.float32), torch.randn(40, spec.in_features)
+    expected = spec.matmul(x, factors)
+    for _ in range(5):
+        poison = [torch.full((40, spec.out_features), torch.nan) for _ in range(8)]
+        del poison
+        torch.testing.assert_close(kernel.matmul(spec, x, factors), expected, rtol=1e-4, atol=1e-4)
+
+
+@every_kernel
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_token(kernel, value):
+    spec = SPECS[4]
+    factors, x = fresh(spec, torch.float32), torch.randn(20, spec.in_features)
+    x[3, 5] = value
+    y = kernel.matmul(spec, x, factors)
+    assert not y[3].isfinite().any()
+    assert y[[*range(3), *range(4, 20)]].isfinite().all()
+
+
+@every_kernel
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[7]], ids=str)
+def test_gradients_are_those_of_plain_pytorch(kernel, spec):
+    for leading in ((3,), (2, 20), (0,), ()):
+        factors = {key: f.requires_grad_() for key, f in fresh(spec, torch.float32).items()}
+        x = torch.randn(*leading, spec.in_features, requires_grad=True)
+        given = torch.randn(*leading, spec.out_features)
+        grads = [
+            torch.autograd.grad(product(x, factors), [x, *factors.values()], given)
+            for product in (spec.matmul, lambda x, f: kernel.matmul(spec, x, f))
+        ]
+        for expected, actual in zip(*grads, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pytorch_finds_the_operator_well_formed():
+    spec = SPECS[0]
+    assert serves(native, spec, torch.float32)
+    values = [v.requires_grad_() for v in fresh(spec, torch.float32).values()]
+    U, S, V = values
+    x = torch.randn(2, 3, spec.in_features, requires_grad=True)
+    operator = torch.ops.blastnn.blast.default
+    torch.library.opcheck(operator, (x, U, S, V, spec.out_features))
+    torch.library.opcheck(operator, (x[0].detach(), U[:1], None, V[:1], spec.out_features))
+
+
+@pytest.mark.parametrize("name", sorted(STRUCTURES))
+def test_something_serves_every_structure(name):
+    spec = STRUCTURES[name].for_budget(22, 26, 22 * 26 // 2)
+    for device in (*TABLE, "mps"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            choice = choose(spec, device, dtype)
+            assert choice.kernel.obstacle(spec, device, dtype) is None
+            assert all(choice.passed_over.values())
+
+
+def test_operands_must_agree():
+    layer = StructuredLinear(SPECS[0])
+    with pytest.raises(StructureError, match="float16.*float32.*cast"):
+        layer(torch.randn(2, 11, dtype=torch.float16))
+    with pytest.raises(StructureError, match="meta.*cpu.*move"):
+        layer(torch.randn(2, 11, device="meta"))
+    with pytest.raises(StructureError, match=r"\(\.\.\., 11\)"):
+        layer(torch.randn(2, 12))
+    with pytest.raises(StructureError, match=r"\(\.\.\., 11\)"):
+        layer(torch.tensor(1.0))
+
+
+def test_autocast_is_followed():
+    layer = StructuredLinear(SPECS[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 11)).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    """A session in which nothing has been compiled or chosen yet."""
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    native._failure.cache_clear()
+    yield monkeypatch
+    native._failure.cache_clear()
+
+
+def test_without_a_compiler_plain_pytorch_serves_and_says_so_once(forgetful, caplog, tmp_path):
+    forgetful.setenv("PATH", str(tmp_path))
+    forgetful.delenv("CXX", raising=False)
+    with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
+        find_compiler()
+    spec = SPECS[0]
+    with caplog.at_level(logging.WARNING, "blastnn"):
+        for _ in range(2):
+            choice = choose(spec, "cpu", torch.float32)
+            forgetful.setattr(dispatch, "_chosen", {})
+    assert choice.name == "reference"
+    assert "no C++ compiler" in choice.passed_over["native"]
+    assert [record.message for record in caplog.records] == [
+        "blastnn's CPU kernel is not used, plain PyTorch is: "
+        "no C++ compiler (c++ or g++ or clang++) was found"
+    ]
+    layer, x = StructuredLinear(spec), torch.randn(3, 11)
+    torch.testing.assert_close(layer(x), x @ layer.to_dense().T + layer.bias)
+
+
+def test_a_compiler_that_fails_is_quoted(forgetful, caplog, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'fatal error: it is Monday' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    forgetful.setenv("CXX", str(broken))
+    forgetful.setenv("BLASTNN_CACHE", str(tmp_path))
+    with caplog.at_level(logging.WARNING, "blastnn"):
+        choice = choose(SPECS[0], "cpu", torch.float32)
+    assert choice.name == "reference"
+    assert "it is Monday" in choice.passed_over["native"]
+    assert "it is Monday" in caplog.text
