@@ -151,7 +151,10 @@ def test_pytorch_finds_the_operator_well_formed():
     x = torch.randn(2, 3, spec.in_features, requires_grad=True)
     operator = torch.ops.blastnn.blast.default
     torch.library.opcheck(operator, (x, U, S, V, spec.out_features))
-    torch.library.opcheck(operator, (x[0].detach(), U[:1], None, V[:1], spec.out_features))
+    torch.library.opcheck(operator, (x[0, :, :6].detach(), U[:1], None, V[:1], 5))
+
+    with pytest.raises(RuntimeError, match="do not fit"):
+        operator(x, U, None, V[:1], spec.out_features)
 
 
 @pytest.mark.parametrize("name", sorted(STRUCTURES))

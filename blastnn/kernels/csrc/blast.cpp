@@ -1,6 +1,7 @@
-// The operators that PyTorch sees. Shapes are checked in Python; here, layouts.
+// The operators that PyTorch sees.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include "few_tokens.h"
@@ -39,6 +40,10 @@ void start(const at::Tensor& x, const at::Tensor& U, const std::optional<at::Ten
 // x (..., n), U (b1, p, r), S (b1, b2, r) or none, V (b2, q, r) -> (..., m).
 at::Tensor blast(const at::Tensor& x, const at::Tensor& U, const std::optional<at::Tensor>& S,
                  const at::Tensor& V, int64_t out_features) {
+  bool fits = x.dim() && U.dim() == 3 && V.dim() == 3 && x.size(-1) <= V.size(0) * V.size(1) &&
+              out_features <= U.size(0) * U.size(1) && U.size(2) == V.size(2);
+  if (fits && S) fits = S->sizes() == at::IntArrayRef{U.size(0), V.size(0), U.size(2)};
+  TORCH_CHECK(fits, "blastnn::blast: the input and the factors do not fit together");
   auto shape = x.sizes().vec();
   shape.back() = out_features;
   at::Tensor y = at::empty(shape, x.options());
