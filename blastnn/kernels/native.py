@@ -1,7 +1,7 @@
 """The C++ kernel for CPUs: BLAST and low rank, float32 and bfloat16, any number of tokens.
 
 The three stages of Algorithm 1 are blocked over tokens and rank, so that what lies between them
-stays in cache (``csrc/``: ``few_tokens.h`` streams the factors once for up to 16 tokens,
+stays in cache (``csrc/``: ``few_tokens.h`` streams the factors once for up to 4 tokens,
 ``many_tokens.h`` multiplies packed panels). bfloat16 is widened on the way in, sums are float32.
 Every element is summed in one order, whatever the number of threads: equal bits on equal machines.
 
@@ -44,7 +44,12 @@ def matmul(spec: Structure, x: Tensor, factors: Factors) -> Tensor:
     U, V = factors["U"], factors["V"]
     if isinstance(spec, LowRank):
         U, V = U.unsqueeze(0), V.unsqueeze(0)
-    y: Tensor = torch.ops.blastnn.blast(x, U, factors.get("S"), V, spec.out_features)
+    S, ops = factors.get("S"), torch.ops.blastnn
+    trained = torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in (x, U, S, V)
+    )
+    product = ops.blast if trained else ops.blast_inference
+    y: Tensor = product(x, U, S, V, spec.out_features)
     return y
 
 
@@ -57,7 +62,8 @@ def _failure() -> str | None:
         reason = f"it could not be built: {error}"
         log.warning("blastnn's CPU kernel is not used, plain PyTorch is: %s", error)
         return reason
-    torch.library.register_fake("blastnn::blast", _shape)
+    for name in ("blast", "blast_inference"):
+        torch.library.register_fake(f"blastnn::{name}", _shape)
     torch.library.register_autograd("blastnn::blast", _backward, setup_context=_save)
     return None
 

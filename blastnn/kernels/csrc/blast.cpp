@@ -15,8 +15,14 @@ template <class T>
 void run(const Product<T>& a) {
   long work = a.tokens * a.r * (a.b1 * a.p + a.b2 * a.q);
   int threads = omp_in_parallel() || work < SERIAL ? 1 : at::get_num_threads();
-  if (a.tokens == 0) return;
-  a.tokens <= FEW_TOKENS ? few_tokens(a, threads) : many_tokens(a, threads);
+  switch (a.tokens) {
+    case 0: return;
+    case 1: return few_tokens<1>(a, threads);
+    case 2: return few_tokens<2>(a, threads);
+    case 3: return few_tokens<3>(a, threads);
+    case 4: return few_tokens<4>(a, threads);
+    default: return many_tokens(a, threads);
+  }
 }
 
 template <class T>
@@ -58,8 +64,14 @@ at::Tensor blast(const at::Tensor& x, const at::Tensor& U, const std::optional<a
 
 }  // namespace
 
+// Twice the same: `blast` gets its gradients in Python, which costs microseconds a call even where
+// nobody wants any; `blast_inference` has none.
 TORCH_LIBRARY(blastnn, library) {
   library.def("blast(Tensor x, Tensor U, Tensor? S, Tensor V, int out_features) -> Tensor");
+  library.def("blast_inference(Tensor x, Tensor U, Tensor? S, Tensor V, int out_features) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(blastnn, CPU, library) { library.impl("blast", &blast); }
+TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
+  library.impl("blast", &blast);
+  library.impl("blast_inference", &blast);
+}

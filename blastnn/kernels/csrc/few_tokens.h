@@ -1,12 +1,11 @@
-// One to sixteen tokens, four at a time: the factors are streamed once, everything else stays in the cache.
+// One to four tokens: the factors are streamed once, everything else stays in the cache. From five
+// tokens on, packing the factors pays.
 //
 // A thread takes a range of the rank for z_j = V_j^T x_j and w_i = sum_j s_ij z_j, which need no
 // other thread there; after one barrier it takes a range of rows for y_i = U_i w_i.
 #pragma once
 
 #include "product.h"
-
-constexpr long FEW_TOKENS = 16;
 
 // z (TOKENS, width) += x (TOKENS, ROWS) times ROWS rows of v, of stride ldv.
 template <int TOKENS, int ROWS, class T>
@@ -30,7 +29,9 @@ inline void add_rows(long width, const float* x, long ldx, const T* v, long ldv,
     }
   }
   for (; c < width; ++c)
+#pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 8
       for (int k = 0; k < ROWS; ++k)
         add(z[t * width + c], x[t * ldx + k], to_float(v[k * ldv + c]));
 }
@@ -58,119 +59,97 @@ inline void couple(long width, long b2, const T* s, long lds, const float* z, lo
     }
 }
 
-// ROWS x TOKENS dot products of length r: rows of U times the tokens' w.
+// ROWS x TOKENS dot products of length r: rows of U times the tokens' w, sums of W together.
+// What is left of r behind whole vectors is read again with the last whole vector of U; `rests`
+// (TOKENS, W) holds w there, and zeros where it has been counted.
 template <int TOKENS, int ROWS, class T>
-inline void dot_rows(long r, const T* u, const float* w, float* result) {
-  Vec acc[ROWS][TOKENS] = {};
-  long k = 0;
-  for (; k + W <= r; k += W) {
-    Vec ws[TOKENS];
+inline Vec dot_rows(long r, const T* u, const float* w, const float* rests) {
+  static_assert(ROWS * TOKENS <= W);
+  Vec acc[W] = {};
+  auto step = [&](const float* ws, long next, const T* us) {
+    Vec tokens[TOKENS];
 #pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t) ws[t] = load(w + t * r + k);
-#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) tokens[t] = load(ws + t * next);
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      Vec row = load(u + i * r + k);
+      Vec row = load(us + i * r);
 #pragma GCC unroll 4
-      for (int t = 0; t < TOKENS; ++t) add(acc[i][t], row, ws[t]);
+      for (int t = 0; t < TOKENS; ++t) add(acc[i * TOKENS + t], row, tokens[t]);
     }
-  }
-  for (int i = 0; i < ROWS; ++i)
-    for (int t = 0; t < TOKENS; ++t) {
-      float total = sum(acc[i][t]);
-      for (long rest = k; rest < r; ++rest) add(total, to_float(u[i * r + rest]), w[t * r + rest]);
-      result[i * TOKENS + t] = total;
-    }
-}
-
-// Calls body(first, count) with a compile-time count for groups of at most four of the tokens.
-template <class Body>
-inline void in_fours(long tokens, Body body) {
-  long t = 0;
-  for (; t + 4 <= tokens; t += 4) body(t, std::integral_constant<int, 4>{});
-  if (tokens - t == 3) body(t, std::integral_constant<int, 3>{});
-  if (tokens - t == 2) body(t, std::integral_constant<int, 2>{});
-  if (tokens - t == 1) body(t, std::integral_constant<int, 1>{});
-}
-
-// COUNT rows of V at once while they are in the cache: z_j (tokens, width) grows by them.
-template <int COUNT, class T>
-inline void add_to_all(long tokens, long width, const float* x, long ldx, const T* v, long ldv,
-                       float* z) {
-  in_fours(tokens, [&](long t, auto four) {
-    add_rows<four(), COUNT>(width, x + t * ldx, ldx, v, ldv, z + t * width);
-  });
+  };
+  long k = 0;
+  for (; k + W <= r; k += W) step(w + k, r, u + k);
+  if (k < r && r >= W) step(rests, W, u + r - W);
+  transpose(acc);
+  Vec total = acc[0];
+#pragma GCC unroll 16
+  for (int lane = 1; lane < W; ++lane) total += acc[lane];
+  if (r < W)
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < TOKENS; ++t) {
+        float one = 0;
+        for (long c = 0; c < r; ++c) add(one, to_float(u[i * r + c]), w[t * r + c]);
+        total[i * TOKENS + t] = one;
+      }
+  return total;
 }
 
 // z_j for all j and w_i for all i over the columns `rank` of the factors.
-template <class T>
+template <int TOKENS, class T>
 void right_and_couple(const Product<T>& a, Range rank, const float* x, float* z, float* w) {
-  long width = rank.to - rank.from, tokens = a.tokens;
-  if (width == 0) return;
-  std::fill(z, z + a.b2 * tokens * width, 0.0f);
+  constexpr int ROWS = TOKENS <= 2 ? 4 : 2;
+  long width = rank.to - rank.from, next = TOKENS * width;
+  std::fill(z, z + a.b2 * next, 0.0f);
   for (long j = 0; j < a.b2; ++j) {
     const T* v = a.V + j * a.q * a.r + rank.from;
-    const float* xj = x + j * tokens * a.q;
-    float* zj = z + j * tokens * width;
-    long k = 0, rows = tokens <= 2 ? 4 : 2;
-    for (; k + rows <= a.q; k += rows) {
-      if (rows == 4)
-        add_to_all<4>(tokens, width, xj + k, a.q, v + k * a.r, a.r, zj);
-      else
-        add_to_all<2>(tokens, width, xj + k, a.q, v + k * a.r, a.r, zj);
-    }
-    for (; k < a.q; ++k) add_to_all<1>(tokens, width, xj + k, a.q, v + k * a.r, a.r, zj);
+    const float* xj = x + j * TOKENS * a.q;
+    long k = 0;
+    for (; k + ROWS <= a.q; k += ROWS)
+      add_rows<TOKENS, ROWS>(width, xj + k, a.q, v + k * a.r, a.r, z + j * next);
+    for (; k < a.q; ++k) add_rows<TOKENS, 1>(width, xj + k, a.q, v + k * a.r, a.r, z + j * next);
   }
   for (long i = 0; i < a.b1; ++i) {
-    float* wi = w + i * tokens * a.r + rank.from;
-    if (!a.S) {
-      for (long t = 0; t < tokens; ++t) std::copy_n(z + t * width, width, wi + t * a.r);
-      continue;
-    }
-    const T* s = a.S + i * a.b2 * a.r + rank.from;
-    in_fours(tokens, [&](long t, auto four) {
-      couple<four()>(width, a.b2, s, a.r, z + t * width, tokens * width, wi + t * a.r, a.r);
-    });
+    float* wi = w + i * TOKENS * a.r + rank.from;
+    if (a.S)
+      couple<TOKENS>(width, a.b2, a.S + i * a.b2 * a.r + rank.from, a.r, z, next, wi, a.r);
+    else
+      for (int t = 0; t < TOKENS; ++t) std::copy_n(z + t * width, width, wi + t * a.r);
   }
 }
 
-// y = U_i w_i for COUNT rows of U, read once for all tokens.
-template <int COUNT, class T>
-inline void left_few_rows(const Product<T>& a, long row, const float* wi) {
-  in_fours(a.tokens, [&](long t, auto four) {
-    float result[COUNT * four()];
-    dot_rows<four(), COUNT>(a.r, a.U + row * a.r, wi + t * a.r, result);
-    for (int k = 0; k < COUNT; ++k)
-      for (int c = 0; c < four(); ++c)
-        put(a.y + (t + c) * a.out_features + row + k, result[k * four() + c]);
-  });
-}
-
-// The same for rows [rows.from, rows.to) of the matrix; block rows follow one another in U.
-template <class T>
+// y = U_i w_i for rows [rows.from, rows.to) of the matrix; block rows follow one another in U.
+template <int TOKENS, class T>
 void left_rows(const Product<T>& a, Range rows, const float* w) {
-  for (long row = rows.from; row < rows.to;) {
-    long i = row / a.p, end = std::min(rows.to, (i + 1) * a.p);
-    const float* wi = w + i * a.tokens * a.r;
-    for (; row + 3 <= end; row += 3) left_few_rows<3>(a, row, wi);
-    for (; row < end; ++row) left_few_rows<1>(a, row, wi);
+  constexpr int ROWS = W / TOKENS;
+  for (long row = rows.from, end; row < rows.to; row = end) {
+    long i = row / a.p, rest = a.r % W;
+    end = std::min(rows.to, (i + 1) * a.p);
+    const float* wi = w + i * TOKENS * a.r;
+    float rests[TOKENS * W] = {};
+    for (int t = 0; t < TOKENS && a.r >= W; ++t)
+      std::copy_n(wi + (t + 1) * a.r - rest, rest, rests + (t + 1) * W - rest);
+    auto put_rows = [&](Vec result, int count) {
+      for (int k = 0; k < count; ++k)
+        for (int t = 0; t < TOKENS; ++t)
+          put(a.y + t * a.out_features + row + k, result[k * TOKENS + t]);
+    };
+    for (; row + ROWS <= end; row += ROWS)
+      put_rows(dot_rows<TOKENS, ROWS>(a.r, a.U + row * a.r, wi, rests), ROWS);
+    for (; row < end; ++row) put_rows(dot_rows<TOKENS, 1>(a.r, a.U + row * a.r, wi, rests), 1);
   }
 }
 
-template <class T>
+template <int TOKENS, class T>
 void few_tokens(const Product<T>& a, int threads) {
-  long x_size = whole_lines(a.tokens * a.b2 * a.q), w_size = whole_lines(a.b1 * a.tokens * a.r);
-  float* x = scratch(x_size + w_size + a.b2 * a.tokens * whole_lines(a.r));
+  long x_size = whole_lines(TOKENS * a.b2 * a.q), w_size = whole_lines(a.b1 * TOKENS * a.r);
+  float* x = scratch(x_size + w_size + a.b2 * TOKENS * whole_lines(a.r));
   float *w = x + x_size, *z = w + w_size;
-  split_columns(a, 0, a.tokens, {0, a.tokens}, x, a.q);
+  split_columns(a, 0, TOKENS, {0, TOKENS}, x, a.q);
   auto part = [&](int thread, int threads, auto barrier) {
     Range rank = share(a.r, 16, thread, threads);
-    right_and_couple(a, rank, x, z + a.b2 * a.tokens * rank.from, w);
+    if (rank.from < rank.to) right_and_couple<TOKENS>(a, rank, x, z + a.b2 * TOKENS * rank.from, w);
     barrier();
-    left_rows(a, share(a.out_features, 3, thread, threads), w);
+    left_rows<TOKENS>(a, share(a.out_features, W, thread, threads), w);
   };
-  if (threads == 1) return part(0, 1, [] {});
-#pragma omp parallel num_threads(threads)
-  part(omp_get_thread_num(), omp_get_num_threads(), [] {
-#pragma omp barrier
-  });
+  in_parallel(threads, part);
 }

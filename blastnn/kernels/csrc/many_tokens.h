@@ -12,46 +12,54 @@ constexpr long CHUNK = 256;             // tokens
 constexpr long CACHE = 64 * 1024;       // floats of z that a thread works on at a time
 constexpr long ROW_TILE = 4 * PANEL;    // output rows between two packings
 
-// ROWS block rows of w for TOKENS tokens and W columns: z is (b2, ., ldz), s (b1, b2, W) of floats.
+// ROWS block rows of w for TOKENS tokens and a panel of columns, which fills whole cache lines.
+// z is (b2, ., ldz), s (b1, b2, PANEL) of floats.
 template <int ROWS, int TOKENS>
 inline void couple_few(long b2, const float* s, const float* z, long ldz, long next_column, float* w,
                        long ldw, long next_row) {
-  Vec total[ROWS][TOKENS] = {};
+  Vec total[ROWS][TOKENS][2] = {};
   for (long j = 0; j < b2; ++j) {
-    Vec zs[TOKENS];
+    Vec couplings[ROWS][2];
 #pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t) zs[t] = load(z + j * next_column + t * ldz);
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) couplings[i][v] = load(s + (i * b2 + j) * PANEL + v * W);
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; ++i) {
-      Vec coupling = load(s + (i * b2 + j) * W);
+    for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        Vec zs = load(z + j * next_column + t * ldz + v * W);
 #pragma GCC unroll 4
-      for (int t = 0; t < TOKENS; ++t) add(total[i][t], coupling, zs[t]);
-    }
+        for (int i = 0; i < ROWS; ++i) add(total[i][t][v], couplings[i][v], zs);
+      }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t) store(w + i * next_row + t * ldw, total[i][t]);
+    for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) store(w + i * next_row + t * ldw + v * W, total[i][t][v]);
 }
 
 template <int TOKENS>
 inline void couple_all_rows(long b1, long b2, const float* s, const float* z, long ldz,
                             long next_column, float* w, long ldw, long next_row) {
   long i = 0;
-  for (; i + 4 <= b1; i += 4)
-    couple_few<4, TOKENS>(b2, s + i * b2 * W, z, ldz, next_column, w + i * next_row, ldw, next_row);
-  for (; i < b1; ++i)
-    couple_few<1, TOKENS>(b2, s + i * b2 * W, z, ldz, next_column, w + i * next_row, ldw, next_row);
+  for (; i + 2 <= b1; i += 2)
+    couple_few<2, TOKENS>(b2, s + i * b2 * PANEL, z, ldz, next_column, w + i * next_row, ldw,
+                          next_row);
+  if (i < b1)
+    couple_few<1, TOKENS>(b2, s + i * b2 * PANEL, z, ldz, next_column, w + i * next_row, ldw,
+                          next_row);
 }
 
 // w_i = sum_j s_ij z_j over the columns `rank`; z is (b2, tokens, ldz), w (b1, tokens, ldw).
 template <class T>
 void couple_tile(const Product<T>& a, long tokens, Range rank, const float* z, long ldz, float* w,
                  long ldw, float* s) {
-  for (long c = rank.from; c < rank.to; c += W) {
-    long lanes = std::min(long(W), rank.to - c);
-    for (long ij = 0; ij < a.b1 * a.b2; ++ij)
-      for (long k = 0; k < W; ++k) s[ij * W + k] = k < lanes ? to_float(a.S[ij * a.r + c + k]) : 0.0f;
+  for (long c = rank.from; c < rank.to; c += PANEL) {
+    long width = std::min(long(PANEL), rank.to - c);
+    pack(a.b1 * a.b2, width, a.S + c, a.r, s);
     const float* zc = z + c - rank.from;
     long t = 0;
     for (; t + 3 <= tokens; t += 3)
@@ -114,11 +122,11 @@ template <class T>
 void many_tokens(const Product<T>& a, int threads) {
   long chunks = (a.tokens + CHUNK - 1) / CHUNK;
   long chunk = ((a.tokens + chunks - 1) / chunks + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
-  long ldw = row_stride(a.r), ldq = row_stride(a.q);
+  long ldw = row_stride((a.r + PANEL - 1) / PANEL * PANEL), ldq = row_stride(a.q);
   long tile = std::clamp(CACHE / (a.b2 * chunk) / PANEL, 1L, 32L) * PANEL;
   size_t x_size = chunk * a.b2 * ldq, w_size = a.b1 * chunk * ldw;
   size_t z_size = a.b2 * chunk * tile, out_size = chunk * ROW_TILE;
-  size_t panel_size = std::max({DEPTH * ROW_TILE, 32 * tile, a.b1 * a.b2 * W});
+  size_t panel_size = std::max({DEPTH * ROW_TILE, 32 * tile, a.b1 * a.b2 * PANEL});
   size_t own = z_size + out_size + panel_size;
   float* x = scratch(x_size + w_size + threads * own);
   float *w = x + x_size, *rest = w + w_size;
@@ -138,9 +146,5 @@ void many_tokens(const Product<T>& a, int threads) {
       barrier();
     }
   };
-  if (threads == 1) return part(0, 1, [] {});
-#pragma omp parallel num_threads(threads)
-  part(omp_get_thread_num(), omp_get_num_threads(), [] {
-#pragma omp barrier
-  });
+  in_parallel(threads, part);
 }

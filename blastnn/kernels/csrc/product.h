@@ -32,6 +32,16 @@ inline Range share(long total, long grain, int part, int parts) {
   return {std::min(from, total), std::min(to, total)};
 }
 
+// part(thread, threads, barrier) on every thread; the barrier waits for all of them.
+template <class Part>
+void in_parallel(int threads, const Part& part) {
+  if (threads == 1) return part(0, 1, [] {});
+#pragma omp parallel num_threads(threads)
+  part(omp_get_thread_num(), omp_get_num_threads(), [] {
+#pragma omp barrier
+  });
+}
+
 // Scratch memory of the calling thread, kept between calls: fresh pages cost more than the product.
 inline float* scratch(size_t floats) {
   thread_local std::vector<float> memory;
