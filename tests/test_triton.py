@@ -117,6 +117,7 @@ def test_a_gpu_gets_triton_when_asked(new_choices, monkeypatch, dtype):
         (LowRank(13, 11, rank=3), "cuda", torch.float32, "lowrank"),
         (SPEC, "cpu", torch.float32, "cpu"),
         (SPEC, "cuda", torch.float64, "float64"),
+        (Blast(70_000, 8, rank=1, blocks=(70_000, 1)), "cuda", torch.float32, "70000"),
     ],
 )
 def test_what_it_does_not_serve(monkeypatch, spec, device, dtype, words):

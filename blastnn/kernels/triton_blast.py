@@ -20,6 +20,8 @@ from blastnn.structures import Blast, Factors, Structure
 
 NAME = "triton"
 VARIABLE = "BLASTNN_KERNELS"
+# CUDA's limit on all axes of a grid of programs but the first.
+MOST_BLOCKS = 65_535
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,6 +33,8 @@ def obstacle(spec: Structure, device: str, dtype: torch.dtype) -> str | None:
         return f"needs a CUDA device, not {device}"
     if dtype not in DTYPES:
         return f"multiplies float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if max(spec.blocks) > MOST_BLOCKS:
+        return f"takes at most {MOST_BLOCKS} blocks a side, not {max(spec.blocks)}"
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed; pip install triton"
     if os.environ.get(VARIABLE) != NAME:

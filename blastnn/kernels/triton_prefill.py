@@ -79,7 +79,7 @@ def _project_and_couple(
             local = start + tl.arange(0, BQ)
             columns = j * q + local
             inside = (local < q) & (columns < n)
-            x_at = x + rows[:, None] * x_t + columns[None, :] * x_n
+            x_at = x + rows[:, None] * x_t + columns[None, :].to(tl.int64) * x_n
             x_tile = tl.load(x_at, mask=in_rows[:, None] & inside[None, :], other=0.0)
             V_at = V + local[:, None] * V_q + ranks[None, :] * V_r
             V_tile = tl.load(V_at, mask=inside[:, None] & in_rank[None, :], other=0.0)
