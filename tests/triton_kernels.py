@@ -30,7 +30,7 @@ SPECS = [
     Blast(9, 11, rank=16, blocks=(5, 4)),  # whole block row left over
     Blast(9, 9, rank=2, blocks=(7, 7)),  # whole blocks left over on both sides
     Blast(61, 47, rank=17, blocks=(1, 1)),
-    Blast(37, 83, rank=41, blocks=(3, 2)),
+    Blast(37, 47, rank=33, blocks=(3, 2)),
     Blast(35, 23, rank=7, blocks=(17, 3)),  # more block rows than a tile holds
     Blast(11, 39, rank=7, blocks=(2, 19)),  # more block columns
 ]
@@ -105,7 +105,7 @@ def assert_any_product(data):
     assert_product(spec, x, factors, triton_blast.matmul(spec, x, factors))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_size(data):
     assert_any_product(data)
@@ -199,7 +199,7 @@ def test_half_precision_projections_do_not_overflow(launch, tokens):
 @pytest.mark.parametrize("tokens", [3, 35])
 def test_gradients_are_as_accurate_as_autograds(dtype, tokens):
     squares = torch.zeros(2, 4, dtype=torch.float64)
-    for seed, spec in enumerate(SPECS[:6]):
+    for seed, spec in enumerate(SPECS[:4]):
         x, factors = operands(spec, tokens, dtype, seed)
         grad_y = normal(tokens, spec.out_features, seed=seed, dtype=dtype).to(DEVICE)
 
@@ -226,8 +226,7 @@ def test_frozen_factors_get_no_gradient():
     assert all(factor.grad is None for factor in factors.values())
 
 
-@pytest.mark.parametrize("tokens", [0, 3, 35])
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("tokens", "trained"), [(0, True), (3, False), (3, True), (35, True)])
 def test_operator_is_a_good_citizen_of_torch(tokens, trained):
     spec = SPECS[1]
     x, factors = operands(spec, tokens)
