@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.kernels import native, reference
+from blastnn.kernels import native, reference, triton_blast
 from blastnn.structures import Factors, Structure
 
 # The first kernel of a device's row that has no obstacle is taken; the last serves everything.
 TABLE: dict[str, tuple[ModuleType, ...]] = {
     "cpu": (native, reference),
-    "cuda": (reference,),
+    "cuda": (triton_blast, reference),
 }
 OTHERWISE: tuple[ModuleType, ...] = (reference,)
 
