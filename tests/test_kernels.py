@@ -12,7 +12,15 @@ from blastnn.errors import StructureError
 from blastnn.kernels import TABLE, choose, dispatch, native, reference
 from blastnn.kernels.build import BuildError, find_compiler
 from blastnn.linear import StructuredLinear
-from blastnn.structures import STRUCTURES, Blast, LowRank, Structure, cast_factors
+from blastnn.structures import (
+    STRUCTURES,
+    Blast,
+    BlockLowRank,
+    LowRank,
+    Monarch,
+    Structure,
+    cast_factors,
+)
 
 SPECS = [
     Blast(13, 11, rank=5, blocks=(3, 2)),
@@ -24,6 +32,11 @@ SPECS = [
     Blast(300, 520, rank=129, blocks=(16, 16)),
     LowRank(61, 47, rank=13),
     LowRank(128, 256, rank=64),
+    BlockLowRank(101, 67, rank=7, blocks=(5, 7)),
+    BlockLowRank(96, 600, rank=20, blocks=(3, 2)),
+    BlockLowRank(300, 520, rank=270, blocks=(1, 2)),
+    Monarch(101, 67, rank=9, blocks=(7, 5)),
+    Monarch(192, 576, rank=13, blocks=(16, 16)),
 ]
 # Around every border: one to four at a time, few and many, whole micro-kernels, two chunks.
 TOKENS = [1, 2, 3, 4, 5, 7, 15, 16, 17, 24, 25, 67, 256, 257, 600]
@@ -95,7 +108,7 @@ def test_memory_layout_does_not_matter(kernel, tokens):
 @every_dtype
 def test_bits_depend_on_neither_threads_nor_calls(kernel, dtype):
     threads = torch.get_num_threads()
-    for spec in (SPECS[2], SPECS[6]):
+    for spec in (SPECS[2], SPECS[6], SPECS[9], SPECS[13]):
         factors, x = fresh(spec, dtype), torch.randn(300, spec.in_features).to(dtype)
         for part in (x[:1], x[:9], x[:30], x):
             results = []
@@ -129,7 +142,7 @@ def test_what_is_not_finite_stays_in_its_token(kernel, value):
 
 
 @every_kernel
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[7]], ids=str)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[7], SPECS[9]], ids=str)
 def test_gradients_are_those_of_plain_pytorch(kernel, spec):
     for leading in ((3,), (2, 20), (0,), ()):
         factors = {key: f.requires_grad_() for key, f in fresh(spec, torch.float32).items()}

@@ -1,4 +1,4 @@
-"""The C++ kernel for CPUs: BLAST and low rank, float32 and bfloat16, any number of tokens.
+"""The C++ kernel for CPUs: BLAST, low rank, block low-rank and Monarch, float32 and bfloat16.
 
 The three stages of Algorithm 1 are blocked over tokens and rank, so that what lies between them
 stays in cache (``csrc/``: ``few_tokens.h`` streams the factors once for up to 4 tokens,
@@ -7,7 +7,8 @@ Every element is summed in one order, whatever the number of threads: equal bits
 
 ``torch.ops.blastnn.blast(x, U, S, V, out_features)``: ``x (..., n)``, ``U (b1, p, r)``,
 ``S (b1, b2, r)`` or None for couplings of 1, ``V (b2, q, r)``, to ``(..., m)``. An ordinary
-operator to ``torch.compile``, ``torch.export`` and autograd.
+operator to ``torch.compile``, ``torch.export`` and autograd; its gradients are plain PyTorch. Block
+low-rank matrices that are trained are multiplied in plain PyTorch altogether.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from torch import Tensor
 
 from blastnn.kernels.blast_backward import blast_backward
 from blastnn.kernels.build import BuildError, library
-from blastnn.structures import Blast, Factors, LowRank, Structure
+from blastnn.structures import Blast, BlockLowRank, Factors, LowRank, Monarch, Structure
 
 NAME = "native"
+SERVED = (Blast, LowRank, BlockLowRank, Monarch)
 DTYPES = (torch.float32, torch.bfloat16)
 log = logging.getLogger("blastnn")
 
 
 def obstacle(spec: Structure, device: str, dtype: torch.dtype) -> str | None:
     """Why this kernel cannot serve, or None; the first call that gets that far compiles it."""
-    if type(spec) not in (Blast, LowRank):
-        return f"it multiplies blast and lowrank matrices, not {spec.name}"
+    if type(spec) not in SERVED:
+        served = ", ".join(structure.name for structure in SERVED)
+        return f"it multiplies {served} matrices, not {spec.name}"
     if device != "cpu":
         return f"it runs on CPUs, not on {device}"
     if dtype not in DTYPES:
@@ -41,15 +44,19 @@ def obstacle(spec: Structure, device: str, dtype: torch.dtype) -> str | None:
 
 def matmul(spec: Structure, x: Tensor, factors: Factors) -> Tensor:
     """``x @ A.T`` for ``x (..., n)``."""
-    U, V = factors["U"], factors["V"]
-    if isinstance(spec, LowRank):
-        U, V = U.unsqueeze(0), V.unsqueeze(0)
-    S, ops = factors.get("S"), torch.ops.blastnn
+    U, S, V, ops = factors["U"], factors.get("S"), factors["V"], torch.ops.blastnn
     trained = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in (x, U, S, V)
     )
-    product = ops.blast if trained else ops.blast_inference
-    y: Tensor = product(x, U, S, V, spec.out_features)
+    if isinstance(spec, BlockLowRank) and trained:
+        return spec.matmul(x, factors)
+    y: Tensor
+    if isinstance(spec, BlockLowRank):
+        y = ops.blocks_inference(x, U, V, spec.out_features, isinstance(spec, Monarch))
+    else:
+        if isinstance(spec, LowRank):
+            U, V = U.unsqueeze(0), V.unsqueeze(0)
+        y = (ops.blast if trained else ops.blast_inference)(x, U, S, V, spec.out_features)
     return y
 
 
@@ -64,11 +71,16 @@ def _failure() -> str | None:
         return reason
     for name in ("blast", "blast_inference"):
         torch.library.register_fake(f"blastnn::{name}", _shape)
+    torch.library.register_fake("blastnn::blocks_inference", _shape_of_blocks)
     torch.library.register_autograd("blastnn::blast", _backward, setup_context=_save)
     return None
 
 
 def _shape(x: Tensor, U: Tensor, S: Tensor | None, V: Tensor, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _shape_of_blocks(x: Tensor, U: Tensor, V: Tensor, out_features: int, strided: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 

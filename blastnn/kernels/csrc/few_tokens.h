@@ -59,11 +59,17 @@ inline void couple(long width, long b2, const T* s, long lds, const float* z, lo
     }
 }
 
+// Where the operands of `dot_rows` lie: `count` segments of r products each (one for BLAST).
+struct Segments {
+  long count, next_u, next_w;
+};
+
 // ROWS x TOKENS dot products of length r: rows of U times the tokens' w, sums of W together.
 // What is left of r behind whole vectors is read again with the last whole vector of U; `rests`
-// (TOKENS, W) holds w there, and zeros where it has been counted.
+// (segments, TOKENS, W) holds w there, and zeros where it has been counted.
 template <int TOKENS, int ROWS, class T>
-inline Vec dot_rows(long r, const T* u, const float* w, const float* rests) {
+inline Vec dot_rows(long r, const Segments& segments, const T* u, const float* w,
+                    const float* rests) {
   static_assert(ROWS * TOKENS <= W);
   Vec acc[W] = {};
   auto step = [&](const float* ws, long next, const T* us) {
@@ -77,9 +83,13 @@ inline Vec dot_rows(long r, const T* u, const float* w, const float* rests) {
       for (int t = 0; t < TOKENS; ++t) add(acc[i * TOKENS + t], row, tokens[t]);
     }
   };
-  long k = 0;
-  for (; k + W <= r; k += W) step(w + k, r, u + k);
-  if (k < r && r >= W) step(rests, W, u + r - W);
+  for (long s = 0; r >= W && s < segments.count; ++s) {
+    const T* us = u + s * segments.next_u;
+    const float* ws = w + s * segments.next_w;
+    long k = 0;
+    for (; k + W <= r; k += W) step(ws + k, r, us + k);
+    if (k < r) step(rests + s * TOKENS * W, W, us + r - W);
+  }
   transpose(acc);
   Vec total = acc[0];
 #pragma GCC unroll 16
@@ -88,10 +98,40 @@ inline Vec dot_rows(long r, const T* u, const float* w, const float* rests) {
     for (int i = 0; i < ROWS; ++i)
       for (int t = 0; t < TOKENS; ++t) {
         float one = 0;
-        for (long c = 0; c < r; ++c) add(one, to_float(u[i * r + c]), w[t * r + c]);
+        for (long s = 0; s < segments.count; ++s)
+          for (long c = 0; c < r; ++c)
+            add(one, to_float(u[s * segments.next_u + i * r + c]), w[s * segments.next_w + t * r + c]);
         total[i * TOKENS + t] = one;
       }
   return total;
+}
+
+// What `dot_rows` reads of w behind whole vectors.
+template <int TOKENS>
+inline void take_rests(long r, const Segments& segments, const float* w, float* rests) {
+  long rest = r % W;
+  std::fill_n(rests, segments.count * TOKENS * W, 0.0f);
+  for (long s = 0; r >= W && s < segments.count; ++s)
+    for (int t = 0; t < TOKENS; ++t)
+      std::copy_n(w + s * segments.next_w + (t + 1) * r - rest, rest,
+                  rests + (s * TOKENS + t + 1) * W - rest);
+}
+
+// out(row, token, value) for rows [0, count) of one block row, from where `u` and `w` point.
+template <int TOKENS, class T, class Out>
+inline void left_block(long count, long r, const Segments& segments, const T* u, const float* w,
+                       float* rests, Out out) {
+  constexpr int ROWS = W / TOKENS;
+  take_rests<TOKENS>(r, segments, w, rests);
+  long row = 0;
+  auto put_rows = [&](Vec result, int rows) {
+    for (int k = 0; k < rows; ++k)
+      for (int t = 0; t < TOKENS; ++t) out(row + k, t, result[k * TOKENS + t]);
+    row += rows;
+  };
+  while (row + ROWS <= count)
+    put_rows(dot_rows<TOKENS, ROWS>(r, segments, u + row * r, w, rests), ROWS);
+  while (row < count) put_rows(dot_rows<TOKENS, 1>(r, segments, u + row * r, w, rests), 1);
 }
 
 // z_j for all j and w_i for all i over the columns `rank` of the factors.
@@ -120,22 +160,13 @@ void right_and_couple(const Product<T>& a, Range rank, const float* x, float* z,
 // y = U_i w_i for rows [rows.from, rows.to) of the matrix; block rows follow one another in U.
 template <int TOKENS, class T>
 void left_rows(const Product<T>& a, Range rows, const float* w) {
-  constexpr int ROWS = W / TOKENS;
+  float rests[TOKENS * W];
   for (long row = rows.from, end; row < rows.to; row = end) {
-    long i = row / a.p, rest = a.r % W;
+    long i = row / a.p;
     end = std::min(rows.to, (i + 1) * a.p);
-    const float* wi = w + i * TOKENS * a.r;
-    float rests[TOKENS * W] = {};
-    for (int t = 0; t < TOKENS && a.r >= W; ++t)
-      std::copy_n(wi + (t + 1) * a.r - rest, rest, rests + (t + 1) * W - rest);
-    auto put_rows = [&](Vec result, int count) {
-      for (int k = 0; k < count; ++k)
-        for (int t = 0; t < TOKENS; ++t)
-          put(a.y + t * a.out_features + row + k, result[k * TOKENS + t]);
-    };
-    for (; row + ROWS <= end; row += ROWS)
-      put_rows(dot_rows<TOKENS, ROWS>(a.r, a.U + row * a.r, wi, rests), ROWS);
-    for (; row < end; ++row) put_rows(dot_rows<TOKENS, 1>(a.r, a.U + row * a.r, wi, rests), 1);
+    T* y = a.y + row;
+    left_block<TOKENS>(end - row, a.r, Segments{1, 0, 0}, a.U + row * a.r, w + i * TOKENS * a.r, rests,
+                       [&](long k, int t, float value) { put(y + t * a.out_features + k, value); });
   }
 }
 

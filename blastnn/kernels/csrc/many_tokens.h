@@ -95,7 +95,7 @@ void left_tile(const Product<T>& a, long first, long tokens, long i, long row, l
                const float* w, long ldw, float* panels, float* out) {
   for (long k = 0; k < a.r; k += DEPTH) {
     long depth = std::min(long(DEPTH), a.r - k);
-    pack_transposed(depth, count, a.U + (i * a.p + row) * a.r + k, a.r, panels);
+    pack_transposed(depth, count, a.U + (i * a.p + row) * a.r + k, a.r, panels, depth);
     multiply(tokens, count, depth, w + i * tokens * ldw + k, ldw, panels, out, ROW_TILE, k > 0);
   }
   long shown = std::min(count, a.out_features - (i * a.p + row));
@@ -118,10 +118,15 @@ void left_panels(const Product<T>& a, long first, long tokens, Range panels_of_a
   }
 }
 
+// Tokens to a chunk: of at most CHUNK or little more, as equal as whole micro-kernels allow.
+inline long even_chunk(long tokens) {
+  long chunks = (tokens + CHUNK - 1) / CHUNK;
+  return ((tokens + chunks - 1) / chunks + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
+}
+
 template <class T>
 void many_tokens(const Product<T>& a, int threads) {
-  long chunks = (a.tokens + CHUNK - 1) / CHUNK;
-  long chunk = ((a.tokens + chunks - 1) / chunks + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
+  long chunk = even_chunk(a.tokens);
   long ldw = row_stride((a.r + PANEL - 1) / PANEL * PANEL), ldq = row_stride(a.q);
   long tile = std::clamp(CACHE / (a.b2 * chunk) / PANEL, 1L, 32L) * PANEL;
   size_t x_size = chunk * a.b2 * ldq, w_size = a.b1 * chunk * ldw;

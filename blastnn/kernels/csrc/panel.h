@@ -92,10 +92,11 @@ inline void pack(int depth, int columns, const T* b, long ldb, float* panels) {
 }
 
 // Panels of the transpose of `b` (columns x depth, row-major): columns of the product are its rows.
+// `panels` may point into panels of a greater depth, `whole` of it.
 template <class T>
-inline void pack_transposed(int depth, int columns, const T* b, long ldb, float* panels) {
+inline void pack_transposed(int depth, int columns, const T* b, long ldb, float* panels, int whole) {
   for (int from = 0; from < columns; from += W) {
-    float* to = panels + long(from / PANEL) * PANEL * depth + from % PANEL;
+    float* to = panels + long(from / PANEL) * PANEL * whole + from % PANEL;
     int width = std::min(W, columns - from), k = 0;
     for (; k + W <= depth; k += W) {
       Vec rows[W];
