@@ -42,6 +42,12 @@ Window = Annotated[int | None, typer.Option(help="tokens in a sequence")]
 Damping = Annotated[float | None, typer.Option(help="of the second moments")]
 Dtype = Annotated[str | None, typer.Option(help="of the written tensors")]
 Seed = Annotated[int | None, typer.Option(help="of the solver")]
+AllowSlower = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-slower", help="compress layers even where that makes them slower than dense"
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class PlanChoices:
     blocks: Blocks = None
     targets: Targets = None
     preset: Preset = "default"
+    allow_slower: AllowSlower = None
 
     def options(self) -> Options:
         """The options that were chosen.

@@ -36,6 +36,9 @@ class Options:
         damping: added to the second moments' diagonals, relative to their mean.
         dtype: of the written tensors; None keeps the source's.
         seed: of the solver.
+        allow_slower: whether to compress layers also where the product is expected to be slower
+            than the dense one (``blastnn.kernels.worth``); otherwise such a layer gets fewer blocks
+            or stays dense.
     """
 
     keep: float = 0.8
@@ -50,6 +53,7 @@ class Options:
     damping: float = 1e-4
     dtype: str | None = None
     seed: int = 0
+    allow_slower: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:

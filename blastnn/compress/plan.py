@@ -13,6 +13,7 @@ from torch import nn
 from blastnn.compress.options import Options
 from blastnn.errors import PlanError
 from blastnn.files import read_json
+from blastnn.kernels import predicted_speedup
 from blastnn.models.linears import LinearInfo, find_linears
 from blastnn.structures import Structure, spec_from_json, structure_named
 
@@ -120,9 +121,15 @@ def make_plan(
     if not chosen:
         raise PlanError("the model has no linear layer that could be compressed")
     total = count_params(model, tied)
-    share = _share_of_targets(options, total, sum(info.num_params for info in chosen))
-    layers = [_layer(info, blocks, reasons[info.name], options, share) for info in linears]
-    return Plan(tuple(layers), total, options.keep, options.of)
+    while True:
+        targeted = sum(info.num_params for info in linears if reasons[info.name] is None)
+        share = _share_of_targets(options, total, targeted)
+        layers = [_layer(info, blocks, reasons[info.name], options, share) for info in linears]
+        dropped = [layer for layer in layers if reasons[layer.name] != layer.reason]
+        if options.of == "targets" or share >= 1.0 or not dropped:
+            return Plan(tuple(layers), total, options.keep, options.of)
+        # The rest must remove what these would have: the share changes, and may drop more.
+        reasons |= {layer.name: layer.reason for layer in dropped}
 
 
 def _layer(
@@ -132,16 +139,35 @@ def _layer(
     if reason is None and share >= 1.0:
         reason = "keep is 1: nothing to remove"
     if reason is None:
-        spec = _spec(info, options, int(share * info.num_params))
+        spec, reason = _worthwhile(info, options, int(share * info.num_params))
     block, kind = _place(info.name, blocks)
     return LayerPlan(info.name, kind, block, info.out_features, info.in_features, spec, reason)
 
 
-def _spec(info: LinearInfo, options: Options, params: int) -> Structure:
+def _worthwhile(
+    info: LinearInfo, options: Options, params: int
+) -> tuple[Structure | None, str | None]:
+    """A spec that is no slower than dense, with fewer blocks if need be; or why there is none."""
+    first = spec = _spec(info, options, params, options.blocks)
+    while not options.allow_slower:
+        speedup = predicted_speedup(spec)
+        if speedup is None or speedup >= 1.0:
+            break
+        blocks = tuple(max(1, count // 2) for count in getattr(spec, "blocks", (1, 1)))
+        if blocks == getattr(spec, "blocks", (1, 1)):
+            best = predicted_speedup(first) or 0.0
+            return None, f"{first.name} would be slower than dense: {best:.2f} times its speed"
+        spec = _spec(info, options, params, blocks)
+    return spec, None
+
+
+def _spec(
+    info: LinearInfo, options: Options, params: int, blocks: tuple[int, ...] | None
+) -> Structure:
     structure = structure_named(options.structure)
     extra: dict[str, Any] = {}
-    if options.blocks is not None:
-        extra["blocks"] = options.blocks
+    if blocks is not None:
+        extra["blocks"] = blocks
     try:
         return structure.for_budget(info.out_features, info.in_features, params, **extra)
     except ValueError as error:

@@ -55,6 +55,12 @@ def choose(spec: Structure, device: str, dtype: torch.dtype) -> Choice:
     return _chosen[key]
 
 
+def kernels_for(spec: Structure, device: str, dtype: torch.dtype) -> list[ModuleType]:
+    """All kernels of a device's row that can serve, the preferred one first."""
+    row = TABLE.get(device, OTHERWISE)
+    return [kernel for kernel in row if kernel.obstacle(spec, device, dtype) is None]
+
+
 def number_of(spec: Structure) -> int:
     """A number that stands for the spec: what a compiler can hold constant while it traces."""
     if spec not in _numbers:

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr long SERIAL = 32768;  // multiplications for which waking other threads does not pay
+constexpr long SERIAL = 65536;  // multiplications for which waking other threads does not pay
 
 int threads_for(long multiplications) {
   return omp_in_parallel() || multiplications < SERIAL ? 1 : at::get_num_threads();
