@@ -46,11 +46,12 @@ def bench(
         MeasurementError: a check failed; nothing is reported.
     """
     folders = {"dense": open_any(against), "compressed": open_any(model)}
+    models = {name: _load(str(folder), options.device) for name, folder in folders.items()}
+    say("peak memory, each model in a process of its own")
     memory = {
         name: peak.peak_bytes(folder, options.shapes, options.new_tokens, options.device)
         for name, folder in folders.items()
     }
-    models = {name: _load(str(folder), options.device) for name, folder in folders.items()}
     dense = models["dense"]
     limits = ceilings(dense.device, dense.dtype)
     meter = EnergyMeter(dense.device)

@@ -12,6 +12,8 @@ import torch
 
 # Far beyond any cache, so that memory itself is measured.
 READ_BYTES = 2**29
+# A GPU needs larger matrices to fill it, and has the time for them.
+PRODUCT_SIZE = {"cpu": 1536, "cuda": 8192}
 ROUNDS = 5
 HOW = (
     f"best of {ROUNDS}: sum, copy and matrix times vector over {READ_BYTES // 2**20} MiB "
@@ -22,7 +24,7 @@ HOW = (
 @torch.inference_mode()
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Bytes and multiplications per second with all threads, in ``dtype`` on ``device``."""
-    rates = {**_read_rates(device, dtype)}
+    rates = _read_rates(device, dtype)
     return {
         "bytes_per_second": max(rates.values()),
         "bytes_per_second_by": rates,
@@ -71,8 +73,7 @@ def _read_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    # A GPU needs larger matrices to fill it, and has the time for them.
-    size = 8192 if device.type == "cuda" else 1536
+    size = PRODUCT_SIZE[device.type]
     left = torch.randn(size, size, dtype=dtype, device=device)
     return float(size) ** 3 / _best(lambda: left @ left, device)
 
