@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -29,6 +29,28 @@ from tests.made_up import byte_tokenizer, make_folder, make_model
 
 DECODERS = ["gpt2", "llama", "mistral", "olmo2", "opt", "phi3", "qwen3", "smollm3"]
 CPU = torch.device("cpu")
+
+
+@torch.library.custom_op("blastnn_tests::product", mutates_args=())
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """A kernel of one's own, which a compiler cannot look into."""
+    return x @ weight.T
+
+
+@product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+class Opaque(nn.Module):
+    """A linear layer by that kernel."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
 
 
 def prompts(batch: int, tokens: int) -> Tensor:
@@ -62,11 +84,11 @@ def test_engine_generates_what_transformers_does(family: str) -> None:
     assert model.config._attn_implementation == before
 
 
-def test_compiled_step_gives_the_same_tokens_around_structured_layers() -> None:
+def test_compiled_step_gives_the_same_tokens_around_structured_and_opaque_layers() -> None:
     model, ids = make_model("llama", num_hidden_layers=1), prompts(1, 7)
     block = model.model.layers[0].mlp
     spec = Blast(out_features=40, in_features=24, blocks=(2, 2), rank=5)
-    block.up_proj = StructuredLinear(spec, bias=False)
+    block.up_proj, block.down_proj = StructuredLinear(spec, bias=False), Opaque(block.down_proj)
     with open_engine(model, 15, compiled=True) as engine:
         compiled = engine_tokens(engine, ids, 8)
         assert engine.fallback is None and engine.compile_seconds > 0
