@@ -16,6 +16,7 @@ import typer
 
 from blastnn.compress.options import PRESETS, Options
 from blastnn.errors import PlanError
+from blastnn.evaluate.bench_options import BenchOptions
 from blastnn.factorize import SOLVERS
 from blastnn.structures import STRUCTURES
 
@@ -48,6 +49,12 @@ AllowSlower = Annotated[
         "--allow-slower", help="compress layers even where that makes them slower than dense"
     ),
 ]
+Batches = Annotated[list[int] | None, typer.Option("--batch", help="sequences at once; repeatable")]
+Prompts = Annotated[list[int] | None, typer.Option("--prompt", help="its tokens; repeatable")]
+NewTokens = Annotated[int, typer.Option(help="decoding steps in a run")]
+Rounds = Annotated[int, typer.Option(help="counted runs of each model")]
+Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="compile the step")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,30 @@ class JobChoices(PlanChoices):
     damping: Damping = None
     dtype: Dtype = None
     seed: Seed = None
+
+
+@dataclass(frozen=True)
+class BenchChoices:
+    """What ``blastnn bench`` measures."""
+
+    batches: Batches = None
+    prompts: Prompts = None
+    new_tokens: NewTokens = BenchOptions.new_tokens
+    rounds: Rounds = BenchOptions.rounds
+    compiled: Compile = BenchOptions.compiled
+    device: Device = BenchOptions.device
+
+    def options(self) -> BenchOptions:
+        """The options that were chosen.
+
+        Raises:
+            BlastnnError: says which choice is wrong.
+        """
+        given = {
+            "batches": tuple(self.batches or BenchOptions.batches),
+            "prompts": tuple(self.prompts or BenchOptions.prompts),
+        }
+        return BenchOptions(**(vars(self) | given))
 
 
 def unpacked(command: Callable[..., None]) -> Callable[..., None]:

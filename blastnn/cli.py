@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from blastnn.choices import JobChoices, PlanChoices, unpacked
+from blastnn.choices import BenchChoices, JobChoices, PlanChoices, unpacked
 from blastnn.compress.report import DEFAULT_TOKENS
 from blastnn.errors import BlastnnError, PlanError
 from blastnn.version import __version__
@@ -110,6 +110,13 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 60,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="compile the step first: a minute or more, and then faster tokens",
+        ),
+    ] = False,
 ) -> None:
     """Continue a prompt."""
     from blastnn.evaluate.generate import continue_text
@@ -118,10 +125,35 @@ def generate(
     from blastnn.models.source import load_tokenizer
 
     path = open_any(folder)
+    model, tokenizer = load_model(path), load_tokenizer(path)
     answer = continue_text(
-        load_model(path), load_tokenizer(path), prompt, max_tokens, temperature, seed
+        model, tokenizer, prompt, max_tokens, temperature, seed, compiled, say=_note
     )
     typer.echo(prompt + answer)
+
+
+@app.command()
+@unpacked
+def bench(
+    folder: Folder,
+    against: Annotated[str, typer.Option(help="dense model to compare with")],
+    choices: BenchChoices,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+    picture: Annotated[Path | None, typer.Option(help="SVG file to draw")] = None,
+    as_json: Json = False,
+) -> None:
+    """Speed, memory and energy of a model beside the dense one, and the most that is possible."""
+    from blastnn.display import print_bench
+    from blastnn.evaluate.bench import bench as measure
+    from blastnn.evaluate.bench_picture import draw
+    from blastnn.files import write_json, write_text
+
+    report = measure(folder, against, choices.options(), say=_note)
+    if output is not None:
+        write_json(output, report)
+    if picture is not None:
+        write_text(picture, draw(report))
+    print_bench(report, as_json)
 
 
 @app.command()
@@ -185,6 +217,11 @@ def hint_on_interrupt() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _note(message: str) -> None:
+    """On standard error, so that standard output stays the answer alone."""
+    print(message, file=sys.stderr)
 
 
 def _fail(message: str) -> None:

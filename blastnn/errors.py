@@ -31,3 +31,7 @@ class PlanError(BlastnnError):
 
 class ResumeError(BlastnnError):
     """An output folder that cannot be written to, or an earlier run that cannot be continued."""
+
+
+class MeasurementError(BlastnnError):
+    """A measurement whose check failed, so that its figures would mean nothing."""

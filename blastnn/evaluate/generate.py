@@ -1,12 +1,17 @@
-"""Greedy or sampled continuation of a prompt."""
+"""Greedy or sampled continuation of a prompt, token by token through the engine."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blastnn.evaluate.engine import Choose, open_engine
 
-@torch.no_grad()
+
 def continue_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -14,17 +19,42 @@ def continue_text(
     max_tokens: int = 60,
     temperature: float = 0.0,
     seed: int = 0,
+    compiled: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """The text that follows ``prompt``; greedy where ``temperature`` is 0."""
-    torch.manual_seed(seed)
-    encoded = tokenizer(prompt, return_tensors="pt")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
-    output = model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        max_new_tokens=max_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        **(sampling or {"do_sample": False}),
-    )
-    continuation = output[0, encoded["input_ids"].shape[1] :]
-    return str(tokenizer.decode(continuation, skip_special_tokens=True))
+    """The text that follows ``prompt``; greedy where ``temperature`` is 0.
+
+    Ends at the model's end-of-text tokens or after ``max_tokens``. ``say`` is told if the step was
+    to be compiled and could not be.
+
+    Raises:
+        ModelError: prompt and new tokens are more than the model has positions.
+    """
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    choose = _sampler(temperature, seed, model.device) if temperature > 0 else None
+    ends, made = _end_tokens(model, tokenizer), []
+    with open_engine(model, ids.shape[1] + max_tokens, compiled) as engine:
+        for token in engine.tokens(ids, max_tokens, choose):
+            if int(token) in ends:
+                break
+            made.append(int(token))
+        if engine.fallback is not None:
+            say(f"not compiled, the text was made eagerly: {engine.fallback}")
+    return str(tokenizer.decode(made, skip_special_tokens=True))
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """What ends a text, by the model's own settings, else by its tokenizer's."""
+    ends: Any = model.generation_config.eos_token_id if model.generation_config else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _sampler(temperature: float, seed: int, device: torch.device) -> Choose:
+    source = torch.Generator(device).manual_seed(seed)
+
+    def sample(logits: Tensor) -> Tensor:
+        shares = torch.softmax(logits.float() / temperature, -1)
+        return torch.multinomial(shares, 1, generator=source)
+
+    return sample
