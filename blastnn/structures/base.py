@@ -65,6 +65,14 @@ class Structure(ABC):
         """The floating-point factors in which the matrix moves in steps: their gradient is zero."""
         return frozenset()
 
+    def large_factors(self) -> tuple[str, ...]:
+        """The floating-point factors that may be stored in few bits: those that are matrices.
+
+        A structure leaves out the factors that are few and scale all the others: their bytes are
+        hardly worth saving, and a relative error in them is one of everything that they scale.
+        """
+        return tuple(name for name, shape in self.factor_shapes().items() if len(shape) > 1)
+
     @abstractmethod
     def matmul(self, x: Tensor, factors: Factors) -> Tensor:
         """``x @ to_dense(factors).T``: ``(..., n)`` to ``(..., m)``, without the dense matrix."""

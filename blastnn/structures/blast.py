@@ -38,6 +38,10 @@ class Blast(BlockGrid):
         (b1, b2), (p, q), r = self.blocks, self.block_shape, self.rank
         return {"U": (b1, p, r), "S": (b1, b2, r), "V": (b2, q, r)}
 
+    def large_factors(self) -> tuple[str, ...]:
+        """``U`` and ``V``; a coupling scales ``p + q`` numbers of theirs."""
+        return ("U", "V")
+
     def matmul(self, x: Tensor, factors: Factors) -> Tensor:
         """Algorithm 1: ``z_j = V_j^T x_j``, ``w_i = sum_j s_ij z_j``, ``y_i = U_i w_i``."""
         self.check_input(x)
