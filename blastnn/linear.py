@@ -131,11 +131,12 @@ class StructuredLinear(nn.Module):
         return layer
 
     @torch.no_grad()
-    def quantized(self, how: str | Quantization) -> Self:
+    def quantized(self, how: str | Quantization, second_moment: Tensor | None = None) -> Self:
         """The layer with its large factors in few bits; small factors and the bias are shared.
 
         Args:
             how: ``"int8"``, ``"int4"``, or bits and group of one's own.
+            second_moment: ``E[x x^T]`` of the inputs, to spend the error where it matters least.
 
         Raises:
             StructureError: it is quantised already, or a factor is not finite.
@@ -144,7 +145,7 @@ class StructuredLinear(nn.Module):
             raise StructureError(f"{self} is quantised already; quantise the original layer")
         quantization = quantization_named(how) if isinstance(how, str) else how
         values = {name: value.detach() for name, value in self.factors.items()}
-        stored = quantize_factors(self.spec, values, quantization)
+        stored = quantize_factors(self.spec, values, quantization, second_moment)
         bias = None if self.bias is None else self.bias.detach()
         return type(self).from_factors(self.spec, stored, bias, quantization)
 

@@ -246,7 +246,7 @@ def fit_layer(
         dense = layer.to_dense().double() / problem.scale
         error = problem.relative_error(dense) if data_free else error
     if options.quantization is not None:
-        layer, before = layer.quantized(options.quantization), error
+        layer, before = layer.quantized(options.quantization, second), error
         error = problem.relative_error(layer.to_dense().double() / problem.scale)
     return layer.requires_grad_(False), {
         "relative_error": error,

@@ -114,21 +114,9 @@ class Writer:
 
     def finish(self, layers: Mapping[str, StoredLayer]) -> None:
         """Index, tokenizer files and, last, ``config.json``."""
-        shards = [self._shard(number) for number in range(self.total)]
-        tensors = TensorFolder(self.output, shards)
-        names = {name: file for file in shards for name in TensorFolder(self.output, [file]).names}
-        metadata = {"total_size": tensors.num_bytes}
-        write_json(self.output / INDEX, {"metadata": metadata, "weight_map": names})
-        self._copy_companions()
+        write_index(self.output, [self._shard(number) for number in range(self.total)])
+        copy_companions(self.walker.folder.path, self.output)
         write_json(self.output / "config.json", self._config(layers))
-
-    def _copy_companions(self) -> None:
-        for pattern in COPIED:
-            for path in sorted(self.walker.folder.path.glob(pattern)):
-                if path.is_dir():
-                    shutil.copytree(path, self.output / path.name, dirs_exist_ok=True)
-                else:
-                    shutil.copyfile(path, self.output / path.name)
 
     def _config(self, layers: Mapping[str, StoredLayer]) -> dict[str, Any]:
         config: dict[str, Any] = read_json(self.walker.folder.path / "config.json")
@@ -140,3 +128,21 @@ class Writer:
         if layers:
             config["quantization_config"] = quantization_config(layers)
         return config
+
+
+def write_index(folder: Path, shards: list[str]) -> None:
+    """The index of the shards in a folder."""
+    tensors = TensorFolder(folder, shards)
+    names = {name: file for file, names in tensors.files.items() for name in names}
+    metadata = {"total_size": tensors.num_bytes}
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": names})
+
+
+def copy_companions(source: Path, output: Path) -> None:
+    """Tokenizer and generation files, as they are."""
+    for pattern in COPIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_dir():
+                shutil.copytree(path, output / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, output / path.name)

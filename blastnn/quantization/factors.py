@@ -12,24 +12,42 @@ from blastnn.structures import Factors, Structure, cast_factors
 
 
 def quantize_factors(
-    spec: Structure, factors: Factors, quantization: Quantization
+    spec: Structure,
+    factors: Factors,
+    quantization: Quantization,
+    second_moment: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Large factors as whole numbers and scales, the others as they are.
+
+    Args:
+        spec, factors: floating point.
+        quantization: bits and group.
+        second_moment: of the inputs, ``(n, n)``, for structures that can tell by it what matters.
 
     Raises:
         StructureError: factors that are not the spec's, or not finite.
     """
     spec.check(factors)
-    stored = {}
-    for name in stored_forms(spec, quantization):
-        if name in spec.large_factors():
-            try:
-                stored[name], stored[name + SCALE] = quantize_tensor(factors[name], quantization)
-            except StructureError as error:
-                raise StructureError(f"the factor {name} of {spec}: {error}") from error
-        elif name not in stored:
-            stored[name] = factors[name]
-    return stored
+    _check_finite(spec, factors)
+    forms = stored_forms(spec, quantization)
+    current, stored = dict(factors), dict(factors)
+    for name in spec.large_factors():
+        gram = spec.gram(name, current, second_moment)
+        stored[name], scales = quantize_tensor(factors[name], quantization, gram)
+        stored[name + SCALE] = scales
+        columns = factors[name].shape[-1]
+        current[name] = dequantize_tensor(stored[name], scales, quantization, columns)
+    return {name: stored[name] for name in forms}
+
+
+def _check_finite(spec: Structure, factors: Factors) -> None:
+    for key in spec.factor_shapes():
+        bad = int((~torch.isfinite(factors[key])).sum())
+        if bad:
+            raise StructureError(
+                f"the factor {key} of {spec}: {bad} of its numbers are NaN or infinite; nothing "
+                "was quantised"
+            )
 
 
 def dequantize_factors(
