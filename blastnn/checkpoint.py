@@ -4,13 +4,19 @@
 a model), ``{"quant_method": "blastnn", "format": 1, "layers": {name: spec}}``. Layer names are
 those of the model class that ``architectures`` names; the factors of layer ``x.y`` are the tensors
 ``x.y.U``, ``x.y.S`` and so on, and its bias keeps its name.
+
+A quantised layer's spec also has ``"quantized": {"bits": 4, "group": 32}``, and its tensors are
+those of ``quantization/layout.py``, scales with ``_scale`` behind the factor's name. The format's
+number is still 1: folders without quantised layers are what they were, and versions that know of
+no ``quantized`` refuse the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -19,20 +25,52 @@ from blastnn.files import read_json
 from blastnn.linear import StructuredLinear
 from blastnn.models.linears import LINEAR_CLASSES
 from blastnn.models.tensors import TensorFolder, find_name
+from blastnn.quantization import Form, Quantization, dtype_fits, stored_forms
 from blastnn.structures import Structure, spec_from_json
 
 METHOD = "blastnn"
 FORMAT = 1
 
 
-def quantization_config(specs: Mapping[str, Structure]) -> dict[str, Any]:
+QUANTIZED = "quantized"
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A structured layer as ``config.json`` describes it: its spec, and how factors are stored."""
+
+    spec: Structure
+    quantization: Quantization | None = None
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """The shape and dtype of every tensor of the layer, its bias aside."""
+        return stored_forms(self.spec, self.quantization)
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain JSON values, with ``quantized`` where it is."""
+        how = {} if self.quantization is None else {QUANTIZED: self.quantization.to_json()}
+        return {**self.spec.to_json(), **how}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Self:
+        """The inverse of ``to_json``; StructureError where the values describe no layer."""
+        if not isinstance(values, Mapping) or QUANTIZED not in values:
+            return cls(spec_from_json(values))
+        plain = {key: value for key, value in values.items() if key != QUANTIZED}
+        layer = cls(spec_from_json(plain), Quantization.from_json(values[QUANTIZED]))
+        stored_forms(layer.spec, layer.quantization)  # refuses what has nothing to quantise
+        return layer
+
+
+def quantization_config(layers: Mapping[str, StoredLayer]) -> dict[str, Any]:
     """The entry of ``config.json`` that describes structured layers."""
-    layers = {name: spec.to_json() for name, spec in specs.items()}
-    return {"quant_method": METHOD, "format": FORMAT, "layers": layers}
+    entries = {name: layer.to_json() for name, layer in layers.items()}
+    return {"quant_method": METHOD, "format": FORMAT, "layers": entries}
 
 
-def parse_specs(entry: Mapping[str, Any]) -> dict[str, Structure]:
-    """The specs of an entry written by ``quantization_config``.
+def parse_layers(entry: Mapping[str, Any]) -> dict[str, StoredLayer]:
+    """The layers of an entry written by ``quantization_config``.
 
     Raises:
         CheckpointError: another format, or a spec that describes no matrix.
@@ -46,12 +84,12 @@ def parse_specs(entry: Mapping[str, Any]) -> dict[str, Structure]:
     if not isinstance(layers, Mapping) or not layers:
         raise CheckpointError("config.json: quantization_config lists no blastnn layers")
     try:
-        return {str(name): spec_from_json(values) for name, values in layers.items()}
+        return {str(name): StoredLayer.from_json(values) for name, values in layers.items()}
     except StructureError as error:
         raise CheckpointError(f"config.json: {error}") from error
 
 
-def read_specs(folder: Path) -> dict[str, Structure]:
+def read_layers(folder: Path) -> dict[str, StoredLayer]:
     """The structured layers of a compressed model folder.
 
     Raises:
@@ -63,37 +101,47 @@ def read_specs(folder: Path) -> dict[str, Structure]:
         raise CheckpointError(
             f"{folder} was not compressed by blastnn: its config.json has no specs"
         )
-    return parse_specs(entry)
+    return parse_layers(entry)
 
 
-def check_factors(specs: Mapping[str, Structure], tensors: TensorFolder, prefix: str) -> None:
-    """Every factor must be there with the very shape of its spec.
+def check_factors(layers: Mapping[str, StoredLayer], tensors: TensorFolder, prefix: str) -> None:
+    """Every factor must be there with the very shape of its spec, and a dtype that fits.
 
     Args:
-        specs: by layer name.
+        layers: by name.
         tensors: of the compressed folder.
         prefix: of the base model, e.g. ``"model."``, which stored names may have or lack.
 
     Raises:
-        CheckpointError: names the tensor that is missing or misshapen.
+        CheckpointError: names the tensor that is missing, misshapen or of another dtype.
     """
-    for layer, spec in specs.items():
-        for factor, shape in spec.tensor_shapes().items():
-            name = f"{layer}.{factor}"
+    for layer_name, layer in layers.items():
+        for factor, form in layer.forms.items():
+            name = f"{layer_name}.{factor}"
             stored = find_name(name, prefix, tensors)
             if stored is None:
                 raise CheckpointError(
                     f"{tensors.folder} lacks the factor {name} of a structured layer; the folder "
                     "is incomplete: compress again or copy it again"
                 )
-            if tensors.shape(stored) != shape:
-                raise CheckpointError(
-                    f"{tensors.folder}: factor {name} has the shape {tensors.shape(stored)}, but "
-                    f"config.json makes it {shape}; one of the two was changed"
-                )
+            _check_form(form, name, stored, tensors)
 
 
-def install_layers(model: nn.Module, specs: Mapping[str, Structure], prefix: str) -> None:
+def _check_form(form: Form, name: str, stored: str, tensors: TensorFolder) -> None:
+    shape, dtype = tensors.shape(stored), tensors.dtype(stored)
+    if shape != form.shape:
+        raise CheckpointError(
+            f"{tensors.folder}: factor {name} has the shape {shape}, but config.json makes it "
+            f"{form.shape}; one of the two was changed"
+        )
+    if not dtype_fits(dtype, form.dtype):
+        raise CheckpointError(
+            f"{tensors.folder}: factor {name} is {dtype}, but config.json makes it "
+            f"{form.dtype or 'floating point'}; one of the two was changed"
+        )
+
+
+def install_layers(model: nn.Module, layers: Mapping[str, StoredLayer], prefix: str) -> None:
     """Put empty structured layers in the place of dense ones, on the devices of these.
 
     A model built without its head, or with one, has other names: ``prefix`` (of the base model) is
@@ -104,24 +152,23 @@ def install_layers(model: nn.Module, specs: Mapping[str, Structure], prefix: str
     """
     modules = dict(model.named_modules())
     found = 0
-    for layer, spec in specs.items():
-        name = find_name(layer, prefix, modules)
+    for stored_name, layer in layers.items():
+        name = find_name(stored_name, prefix, modules)
         if name is not None:
             found += 1
-            _install(model, name, modules[name], spec)
+            _install(model, name, modules[name], layer)
     if not found:
         raise CheckpointError(
             f"none of the structured layers in config.json is in this {type(model).__name__}"
         )
 
 
-def _install(model: nn.Module, name: str, old: nn.Module, spec: Structure) -> None:
-    weight = getattr(old, "weight", None)
+def _install(model: nn.Module, name: str, old: nn.Module, stored: StoredLayer) -> None:
+    weight, spec = getattr(old, "weight", None), stored.spec
     sizes = (spec.out_features, spec.in_features)
     if type(old) not in LINEAR_CLASSES or weight is None or sorted(weight.shape) != sorted(sizes):
         raise CheckpointError(f"config.json: {spec} does not fit the layer {name}, {old}")
-    layer = StructuredLinear(
-        spec, bias=getattr(old, "bias", None) is not None, device=weight.device, dtype=weight.dtype
-    )
+    has_bias = getattr(old, "bias", None) is not None
+    layer = StructuredLinear(spec, has_bias, weight.device, weight.dtype, stored.quantization)
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, layer)

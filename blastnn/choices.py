@@ -18,6 +18,7 @@ from blastnn.compress.options import PRESETS, Options
 from blastnn.errors import PlanError
 from blastnn.evaluate.bench_options import BenchOptions
 from blastnn.factorize import SOLVERS
+from blastnn.quantization import QUANTIZATIONS
 from blastnn.structures import STRUCTURES
 
 Share = Annotated[float | None, typer.Option(help="share of the parameters to keep, in (0, 1]")]
@@ -42,6 +43,10 @@ CalibrationTokens = Annotated[
 Window = Annotated[int | None, typer.Option(help="tokens in a sequence")]
 Damping = Annotated[float | None, typer.Option(help="of the second moments")]
 Dtype = Annotated[str | None, typer.Option(help="of the written tensors")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help=f"store the large factors in few bits: {', '.join(sorted(QUANTIZATIONS))}"),
+]
 Seed = Annotated[int | None, typer.Option(help="of the solver")]
 AllowSlower = Annotated[
     bool | None,
@@ -89,6 +94,7 @@ class JobChoices(PlanChoices):
     window: Window = None
     damping: Damping = None
     dtype: Dtype = None
+    quantize: Quantize = None
     seed: Seed = None
 
 

@@ -172,6 +172,20 @@ def inspect(
 
 
 @app.command()
+def quantize(
+    folder: Annotated[Path, typer.Argument(help="compressed model folder")],
+    output: Annotated[Path, typer.Option(help="folder to write to")],
+    bits: Annotated[str, typer.Option(help="int8 or int4")],
+    as_json: Json = False,
+) -> None:
+    """Store the large factors of a compressed model in few bits, in another folder."""
+    from blastnn.compress.quantize import quantize_checkpoint
+    from blastnn.display import print_quantized
+
+    print_quantized(quantize_checkpoint(folder, output, bits), output, as_json)
+
+
+@app.command()
 def solvers(as_json: Json = False) -> None:
     """Which solver each structure gets from solver=auto, and which others fit it."""
     from blastnn.display import print_solvers

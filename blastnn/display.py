@@ -180,6 +180,13 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
                 f"{part:8}{unit:7}{share['before']:>13,} -> {share['after']:>13,}  "
                 f"kept {share['kept']:.2%}{asked}"
             )
+    if report.get("quantization"):
+        how = report["quantization"]
+        error = how["error_added"]
+        console.print(
+            f"factors in {how['bits']} bits, {how['bits_per_weight']:.2f} a weight with scales; "
+            f"relative error added: mean {error['mean']:.4f}, largest {error['largest']:.4f}"
+        )
     measured = report["measured"]
     if measured is None:
         console.print(f"not measured: {report['not_measured']}")
@@ -244,19 +251,47 @@ def print_inspection(found: dict[str, Any], as_json: bool) -> None:
             str(layer.get("rank", "-")),
             str(layer.get("blocks", "-")),
             f"{layer['params']:,}",
+            f"{layer['bytes']:,}",
+            f"{layer['bits_per_weight']:.2f}",
         )
         for name, layer in found["layers"].items()
     ]
     console = Console(soft_wrap=True)
-    console.print(table(("layer", "structure", "shape", "rank", "blocks", "parameters"), rows))
+    console.print(
+        table(
+            ("layer", "structure", "shape", "rank", "blocks", "parameters", "bytes", "bits"), rows
+        )
+    )
     sizes = found["targets"]
     console.print(
         f"{len(rows)} layers, {sizes['before']:,} -> {sizes['after']:,} parameters "
-        f"({sizes['kept']:.2%}); all factors present and well shaped; {found['bytes']:,} bytes"
+        f"({sizes['kept']:.2%}); all factors present and well shaped, "
+        f"{sizes['bytes']:,} bytes at {sizes['bits_per_weight']:.2f} bits a weight; "
+        f"{found['bytes']:,} bytes in all"
     )
     if "verified" in found:
         words = "equal, bit for bit" if found["verified"] else "DIFFERENT"
         console.print(f"output of the loaded model and of the job that wrote it: {words}")
+
+
+def print_quantized(report: dict[str, Any], output: Path, as_json: bool) -> None:
+    """What quantising a compressed folder saved, and the error that it added."""
+    if as_json:
+        print_json(report)
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for part in ("targets", "model"):
+        sizes = report[part]["bytes"]
+        console.print(
+            f"{part:8}bytes {sizes['before']:>13,} -> {sizes['after']:>13,}  "
+            f"kept {sizes['after'] / sizes['before']:.2%}"
+        )
+    error = report["error_added"]
+    console.print(
+        f"{len(report['layers'])} layers at {report['bits_per_weight']:.2f} bits a weight, scales "
+        f"included; relative error added: mean {error['mean']:.4f}, largest {error['largest']:.4f}"
+    )
+    console.print(f"{output / 'report.json'}; measure it with blastnn evaluate")
 
 
 def print_solvers(as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -10,19 +11,33 @@ from torch import Tensor, nn
 from blastnn.errors import StructureError
 from blastnn.factorize import factorize
 from blastnn.kernels import matmul, number_of
+from blastnn.quantization import (
+    SCALE,
+    SCALE_DTYPE,
+    Quantization,
+    check_stored,
+    dequantize_factors,
+    quantization_named,
+    quantize_factors,
+    stored_forms,
+)
 from blastnn.structures import Factors, Structure
 
 
 class StructuredLinear(nn.Module):
     """``y = A x + bias`` with ``A`` given by ``spec``; its parameters are named as the factors.
 
-    Index factors are buffers.
+    Index factors are buffers. In a quantised layer everything is a buffer, since whole numbers
+    have no gradient: nothing in it can be trained.
 
     Args:
         spec: the structure of the weight.
         bias: whether to add a learned bias of shape ``(out_features,)``.
         device, dtype: as in ``torch.nn.Linear``.
+        quantization: how the large factors are stored; None stores them as numbers of ``dtype``.
     """
+
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -30,72 +45,128 @@ class StructuredLinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
-        self.spec = spec
-        self._number = number_of(spec)
+        self.spec, self.quantization = spec, quantization
+        self._number = number_of(spec, quantization)
         self.in_features, self.out_features = spec.in_features, spec.out_features
-        for name, shape in spec.factor_shapes().items():
-            self.register_parameter(
-                name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            )
-        for name, shape in spec.index_shapes().items():
-            self.register_buffer(name, torch.zeros(shape, device=device, dtype=torch.int64))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(spec.out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        forms = stored_forms(spec, quantization)
+        self._names = tuple(forms)
+        for name, form in forms.items():
+            self._hold(name, torch.zeros(form.shape, device=device, dtype=form.dtype or dtype))
+        self._hold(
+            "bias", torch.empty(spec.out_features, device=device, dtype=dtype) if bias else None
+        )
         self.reset_parameters()
+
+    def _hold(self, name: str, value: Tensor | None) -> None:
+        """A parameter where it could be trained, a buffer elsewhere."""
+        if self.quantization is None and (value is None or value.is_floating_point()):
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._number = number_of(self.spec)  # numbers mean nothing in another process
+        # Numbers mean nothing in another process.
+        self._number = number_of(self.spec, self.quantization)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The structure's own initialisation, seeded from torch's generator; a zero bias."""
-        if self._any_factor().device.type == "meta":
+        if getattr(self, self._names[0]).is_meta:
             return
         seed = int(torch.randint(2**31, ()).item())
-        for name, value in self.spec.init(seed=seed).items():
+        values = self.spec.init(seed=seed)
+        if self.quantization is not None:
+            values = quantize_factors(self.spec, values, self.quantization)
+        for name, value in values.items():
             self.factors[name].copy_(value)
         if self.bias is not None:
             self.bias.zero_()
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """The factors by name; the parameters and buffers themselves, not copies."""
-        return {name: getattr(self, name) for name in self.spec.tensor_shapes()}
+        """What is stored, by name; the parameters and buffers themselves, not copies."""
+        return {name: getattr(self, name) for name in self._names}
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        y = matmul(self.spec, self._number, x, self.factors)
+        y = matmul(self.spec, self._number, x, self.factors, self.quantization)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast lowers y alone
 
     def to_dense(self) -> Tensor:
-        """The dense weight, ``(out_features, in_features)``."""
-        return self.spec.to_dense(self.factors)
+        """The dense weight, ``(out_features, in_features)``; float32 where it is quantised."""
+        return self.spec.to_dense(dequantize_factors(self.spec, self.factors, self.quantization))
 
     @classmethod
     @torch.no_grad()
-    def from_factors(cls, spec: Structure, factors: Factors, bias: Tensor | None = None) -> Self:
-        """A layer that holds these very tensors.
+    def from_factors(
+        cls,
+        spec: Structure,
+        factors: Factors,
+        bias: Tensor | None = None,
+        quantization: Quantization | None = None,
+    ) -> Self:
+        """A layer that holds these very tensors; with ``quantization`` those that are stored.
 
         Raises:
-            StructureError: names or shapes differ from the spec's.
+            StructureError: names, shapes or dtypes differ from the spec's.
         """
-        spec.check(factors)
+        if quantization is None:
+            spec.check(factors)
+        else:
+            check_stored(spec, factors, quantization)
         if bias is not None and tuple(bias.shape) != (spec.out_features,):
             raise StructureError(
                 f"the bias of {spec} must have the shape ({spec.out_features},), but has "
                 f"{tuple(bias.shape)}"
             )
-        layer = cls(spec, bias=bias is not None, device="meta")
-        for name, value in factors.items():
-            setattr(layer, name, nn.Parameter(value) if value.is_floating_point() else value)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias)
+        layer = cls(spec, bias is not None, device="meta", quantization=quantization)
+        values = dict(factors) if bias is None else {**factors, "bias": bias}
+        for name, value in values.items():
+            is_parameter = name in layer._parameters
+            setattr(layer, name, nn.Parameter(value) if is_parameter else value)
         return layer
+
+    @torch.no_grad()
+    def quantized(self, how: str | Quantization, second_moment: Tensor | None = None) -> Self:
+        """The layer with its large factors in few bits; small factors and the bias are shared.
+
+        Args:
+            how: ``"int8"``, ``"int4"``, or bits and group of one's own.
+            second_moment: ``E[x x^T]`` of the inputs, to spend the error where it matters least.
+
+        Raises:
+            StructureError: it is quantised already, or a factor is not finite.
+        """
+        if self.quantization is not None:
+            raise StructureError(f"{self} is quantised already; quantise the original layer")
+        quantization = quantization_named(how) if isinstance(how, str) else how
+        values = {name: value.detach() for name, value in self.factors.items()}
+        stored = quantize_factors(self.spec, values, quantization, second_moment)
+        bias = None if self.bias is None else self.bias.detach()
+        return type(self).from_factors(self.spec, stored, bias, quantization)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As in torch; StructureError for a quantised layer, which cannot be trained."""
+        if requires_grad and self.quantization is not None:
+            raise StructureError(
+                f"{self} is quantised and cannot be trained; train the model that it was made "
+                "from, and quantise afterwards"
+            )
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As in torch, but scales keep their dtype, which is part of the format, in any cast."""
+        kept = {name: value for name, value in self.factors.items() if name.endswith(SCALE)}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            cast = getattr(self, name)
+            if cast.dtype != SCALE_DTYPE:
+                setattr(self, name, value.to(cast.device))
+        return self
 
     @classmethod
     @torch.no_grad()
@@ -107,7 +178,5 @@ class StructuredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The spec, for ``print(model)``."""
-        return f"{self.spec}, bias={self.bias is not None}"
-
-    def _any_factor(self) -> Tensor:
-        return self.get_parameter(next(iter(self.spec.factor_shapes())))
+        bits = "" if self.quantization is None else f", {self.quantization}"
+        return f"{self.spec}, bias={self.bias is not None}{bits}"

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "blastnn"
 FLOORS = [
     {"version", "errors", "files"},
     {"structures", "models"},
+    {"quantization"},
     {"factorize", "kernels"},
     {"linear"},
     {"checkpoint"},

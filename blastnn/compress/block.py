@@ -71,6 +71,7 @@ class LayerRecord:
     status: str
     reason: str | None = None
     relative_error: float | None = None
+    error_before_quantization: float | None = None
     seconds: float | None = None
     solver: str | None = None
     solver_status: str | None = None
@@ -239,12 +240,17 @@ def fit_layer(
     layer = StructuredLinear.from_factors(
         plan.spec, factors, None if bias is None else bias.detach().clone()
     )
-    error = result.relative_error
-    if data_free and second is not None:
+    error, before = result.relative_error, None
+    if options.quantization is not None or (data_free and second is not None):
         problem = prepare(target, second)
+        dense = layer.to_dense().double() / problem.scale
+        error = problem.relative_error(dense) if data_free else error
+    if options.quantization is not None:
+        layer, before = layer.quantized(options.quantization, second), error
         error = problem.relative_error(layer.to_dense().double() / problem.scale)
     return layer.requires_grad_(False), {
         "relative_error": error,
+        "error_before_quantization": before,
         "solver": result.solver,
         "solver_status": result.status,
         "notes": [*notes, *result.notes],

@@ -13,6 +13,7 @@ from blastnn.compress.options import DTYPES, Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan, plan_from_file
 from blastnn.compress.walker import Walker
 from blastnn.models.source import ModelFolder, Say, open_model
+from blastnn.quantization import stored_bytes
 
 
 @dataclass
@@ -38,8 +39,11 @@ class Draft:
 
     def output_bytes(self) -> int:
         """Bytes of the tensors that will be written."""
-        before, after = self.plan.target_params
-        return (self.plan.model_params - before + after) * self.dtype.itemsize
+        layers, how = self.plan.compressed, self.options.quantization
+        rest = self.plan.model_params - sum(layer.dense_params for layer in layers)
+        specs = [layer.spec for layer in layers if layer.spec is not None]
+        factors = sum(stored_bytes(spec, how, self.dtype) for spec in specs)
+        return rest * self.dtype.itemsize + factors
 
     def memory_bytes(self) -> dict[str, int]:
         """The parts of the peak memory that can be known in advance."""

@@ -26,7 +26,7 @@ from blastnn.compress.html_page import (
 
 _NAMES_SHOWN = 3
 _HEAD = (
-    "Layer", "Status", "Error#", "Kept#", "Parameters before#", "After#",
+    "Layer", "Status", "Error#", "Added by quantisation#", "Kept#", "Parameters before#", "After#",
     "Out \N{MULTIPLICATION SIGN} in#", "Structure", "Rank#", "Seconds#", "Solver", "Notes",
 )  # fmt: skip
 
@@ -92,6 +92,7 @@ def _cells(layer: Layer, worst: float) -> list[object]:
         element("code", charts.name_of(layer)),
         _status(layer),
         _error(layer, worst),
+        number(layer.get("quantization_error"), 3),
         _kept_share(before, after),
         count(before),
         count(after),

@@ -109,6 +109,21 @@ def size_section(report: Report) -> Html:
             element("div", element("h3", "Bytes"), _before_after(report, "bytes", size)),
             class_="two",
         ),
+        _quantized_note(report),
+    )
+
+
+def _quantized_note(report: Report) -> Html | str:
+    """Return how the factors are stored, if they are quantised."""
+    how = report.get("quantization")
+    if not how:
+        return ""
+    added = part(how, "error_added")
+    return note(
+        f"Large factors are stored in {count(part(how, 'bits'))} bits, {count(part(how, 'group'))} "
+        f"numbers to a scale: {number(part(how, 'bits_per_weight'), 3)} bits a weight with scales. "
+        f"That adds {number(part(added, 'mean'), 3)} to a layer's relative error in the mean, and "
+        f"{number(part(added, 'largest'), 3)} at most."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 
 from blastnn.errors import PlanError
+from blastnn.quantization import Quantization, quantization_named
 from blastnn.structures import structure_named
 
 DTYPES = {
@@ -35,6 +36,7 @@ class Options:
         tokens, window: how much calibration text, and the length of a sequence.
         damping: added to the second moments' diagonals, relative to their mean.
         dtype: of the written tensors; None keeps the source's.
+        quantize: ``int8`` or ``int4`` stores the large factors in few bits; None does not.
         seed: of the solver.
         allow_slower: whether to compress layers also where the product is expected to be slower
             than the dense one (``blastnn.kernels.worth``); otherwise such a layer gets fewer blocks
@@ -52,6 +54,7 @@ class Options:
     window: int = 1024
     damping: float = 1e-4
     dtype: str | None = None
+    quantize: str | None = None
     seed: int = 0
     allow_slower: bool = False
 
@@ -65,9 +68,16 @@ class Options:
         structure = structure_named(self.structure)
         if self.blocks is not None and "blocks" not in structure.__dataclass_fields__:
             raise PlanError(f"a {self.structure} has no blocks to count; leave the blocks out")
+        if self.quantize is not None:
+            quantization_named(self.quantize)
         for name in ("sweeps", "tokens", "window"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, but is {getattr(self, name)}")
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What ``quantize`` stands for."""
+        return None if self.quantize is None else quantization_named(self.quantize)
 
     @classmethod
     def from_preset(cls, preset: str, **chosen: Any) -> Self:

@@ -22,6 +22,7 @@ from blastnn.compress.plan import LayerPlan
 from blastnn.compress.run import RunOutcome
 from blastnn.errors import BlastnnError
 from blastnn.files import read_json, write_json, write_text
+from blastnn.quantization import stored_bytes
 from blastnn.version import __version__
 
 FORMAT = "blastnn-report/1"
@@ -78,7 +79,7 @@ def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dic
     """All that is known about a finished job, as plain JSON values."""
     journal = outcome.journal
     records = {record.name: asdict(record) for record in journal.records}
-    coverage = [_row(layer, records.get(layer.name)) for layer in job.plan.layers]
+    coverage = [_row(layer, records.get(layer.name), job) for layer in job.plan.layers]
     verified = measured.pop("verified")
     return {
         "format": FORMAT,
@@ -91,6 +92,7 @@ def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dic
         },
         "options": job.options.to_json(),
         "keep": _keep(job, coverage),
+        "quantization": _quantization(job, coverage),
         "calibration": _calibration(job),
         "coverage": coverage,
         "timing": _timing(journal.seconds, journal.sittings),
@@ -103,11 +105,16 @@ def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dic
     }
 
 
-def _row(layer: LayerPlan, record: dict[str, Any] | None) -> dict[str, Any]:
+def _row(layer: LayerPlan, record: dict[str, Any] | None, job: Job) -> dict[str, Any]:
     """One line of the coverage table."""
     compressed = record is not None and record["status"] == "compressed"
     spec = layer.spec if compressed else None
     blocks = getattr(spec, "blocks", None)
+    how = job.options.quantization if spec else None
+    dense_bytes = layer.dense_params * job.dtype.itemsize
+    error, before = (
+        (record["relative_error"], record["error_before_quantization"]) if record else (None, None)
+    )
     return {
         "name": layer.name,
         "kind": layer.kind,
@@ -122,7 +129,10 @@ def _row(layer: LayerPlan, record: dict[str, Any] | None) -> dict[str, Any]:
         "solver_status": record["solver_status"] if record else None,
         "params_before": layer.dense_params,
         "params_after": spec.num_params if spec else layer.dense_params,
-        "relative_error": record["relative_error"] if record else None,
+        "bytes_after": stored_bytes(spec, how, job.dtype) if spec else dense_bytes,
+        "quantized": how.to_json() if how else None,
+        "relative_error": error,
+        "quantization_error": None if error is None or before is None else error - before,
         "seconds": record["seconds"] if record else None,
         "notes": record["notes"] if record else [],
     }
@@ -144,17 +154,33 @@ def _keep(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any]:
     # A tied head that is compressed leaves the embedding in place: nothing is saved there.
     rest = total - before + (job.head.dense_params if untied and job.head else 0)
     size = job.dtype.itemsize
+    after_bytes = sum(row["bytes_after"] for row in targeted)
     return {
         "asked": job.plan.keep,
         "of": job.plan.of,
         "targets": {
             "params": _share(before, after),
-            "bytes": _share(round(before * width), after * size),
+            "bytes": _share(round(before * width), after_bytes),
         },
         "model": {
             "params": _share(total, rest + after),
-            "bytes": _share(stored, (rest + after) * size),
+            "bytes": _share(stored, rest * size + after_bytes),
         },
+    }
+
+
+def _quantization(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How factors are stored, what that costs in bits, and the relative error that it adds."""
+    how = job.options.quantization
+    rows = [row for row in coverage if row["quantized"] is not None]
+    if how is None or not rows:
+        return None
+    added = [row["quantization_error"] for row in rows]
+    weights = sum(row["params_after"] for row in rows)
+    return {
+        **how.to_json(),
+        "bits_per_weight": 8 * sum(row["bytes_after"] for row in rows) / weights,
+        "error_added": {"mean": sum(added) / len(added), "largest": max(added)},
     }
 
 

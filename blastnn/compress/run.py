@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blastnn.checkpoint import StoredLayer
 from blastnn.compress.block import BlockCompressor, Streams
 from blastnn.compress.head import compress_head
 from blastnn.compress.job import Job
@@ -99,7 +100,7 @@ class _Run:
         head = self._head(front) if job.head is not None else None
         self._probe(front, head)
         self.writer.write_rest()
-        self.writer.finish(self._specs())
+        self.writer.finish(self._layers())
         known = sum(journal.seconds.values()) - counted
         journal.add_seconds("other", time.perf_counter() - start - known)
         journal.finish_weights()
@@ -166,9 +167,14 @@ class _Run:
             "logits_sha256": digest(output),
         }
 
-    def _specs(self) -> dict[str, Any]:
+    def _layers(self) -> dict[str, StoredLayer]:
         done = {record.name for record in self.journal.records if record.status == "compressed"}
-        return {layer.name: layer.spec for layer in self.job.plan.compressed if layer.name in done}
+        how = self.job.options.quantization
+        return {
+            layer.name: StoredLayer(layer.spec, how)
+            for layer in self.job.plan.compressed
+            if layer.spec is not None and layer.name in done
+        }
 
 
 @torch.no_grad()

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blastnn.checkpoint import quantization_config
+from blastnn.checkpoint import StoredLayer, quantization_config
 from blastnn.compress.walker import Walker
 from blastnn.files import read_json, write_json, write_tensors
 from blastnn.linear import StructuredLinear
 from blastnn.models.tensors import INDEX, TensorFolder
-from blastnn.structures import Structure
 
 # Tensors outside the blocks are written in shards of about this size, to hold few at a time.
 REST_BYTES = 256 * 2**20
@@ -59,6 +58,7 @@ class Writer:
     def _tensors(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
         """A module's parameters and persistent buffers under their stored names, in ``dtype``."""
         found = {}
+        module = module.to(self.dtype)  # a module knows which of its tensors may be cast
         for key, value in module.state_dict().items():
             owner, _, leaf = key.rpartition(".")
             holder = module.get_submodule(owner)
@@ -70,7 +70,7 @@ class Writer:
                 name = self.walker.loader.stored_name(source).removesuffix("weight") + leaf
             else:
                 name = self.walker.loader.stored_name(f"{prefix}.{key}")
-            found[name] = self._cast(value)
+            found[name] = value
         return found
 
     def _cast(self, value: Tensor) -> Tensor:
@@ -112,31 +112,37 @@ class Writer:
     def _shard(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self.total:05d}.safetensors"
 
-    def finish(self, specs: Mapping[str, Structure]) -> None:
+    def finish(self, layers: Mapping[str, StoredLayer]) -> None:
         """Index, tokenizer files and, last, ``config.json``."""
-        shards = [self._shard(number) for number in range(self.total)]
-        tensors = TensorFolder(self.output, shards)
-        names = {name: file for file in shards for name in TensorFolder(self.output, [file]).names}
-        metadata = {"total_size": tensors.num_bytes}
-        write_json(self.output / INDEX, {"metadata": metadata, "weight_map": names})
-        self._copy_companions()
-        write_json(self.output / "config.json", self._config(specs))
+        write_index(self.output, [self._shard(number) for number in range(self.total)])
+        copy_companions(self.walker.folder.path, self.output)
+        write_json(self.output / "config.json", self._config(layers))
 
-    def _copy_companions(self) -> None:
-        for pattern in COPIED:
-            for path in sorted(self.walker.folder.path.glob(pattern)):
-                if path.is_dir():
-                    shutil.copytree(path, self.output / path.name, dirs_exist_ok=True)
-                else:
-                    shutil.copyfile(path, self.output / path.name)
-
-    def _config(self, specs: Mapping[str, Structure]) -> dict[str, Any]:
+    def _config(self, layers: Mapping[str, StoredLayer]) -> dict[str, Any]:
         config: dict[str, Any] = read_json(self.walker.folder.path / "config.json")
         config.pop("torch_dtype", None)
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         config["architectures"] = [type(self.walker.model).__name__]
         if self.head:
             config["tie_word_embeddings"] = False
-        if specs:
-            config["quantization_config"] = quantization_config(specs)
+        if layers:
+            config["quantization_config"] = quantization_config(layers)
         return config
+
+
+def write_index(folder: Path, shards: list[str]) -> None:
+    """The index of the shards in a folder."""
+    tensors = TensorFolder(folder, shards)
+    names = {name: file for file, names in tensors.files.items() for name in names}
+    metadata = {"total_size": tensors.num_bytes}
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": names})
+
+
+def copy_companions(source: Path, output: Path) -> None:
+    """Tokenizer and generation files, as they are."""
+    for pattern in COPIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_dir():
+                shutil.copytree(path, output / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, output / path.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from blastnn.checkpoint import check_factors, read_specs
+from blastnn.checkpoint import StoredLayer, check_factors, read_layers
 from blastnn.errors import CheckpointError, ModelError
 from blastnn.evaluate.perplexity import PROTOCOL, perplexity
 from blastnn.evaluate.probe import matches
@@ -14,14 +14,14 @@ from blastnn.files import read_json
 from blastnn.integrations.transformers import is_causal, load_model
 from blastnn.models.skeleton import build_skeleton
 from blastnn.models.source import load_tokenizer, open_model
-from blastnn.models.tensors import TensorFolder
+from blastnn.models.tensors import TensorFolder, find_name
 
 
 def open_any(model: str) -> Path:
     """The folder of a compressed or dense model."""
     path = Path(model)
     if path.is_dir() and "quantization_config" in read_json(path / "config.json"):
-        read_specs(path)
+        read_layers(path)
         return path
     return open_model(model).path
 
@@ -57,23 +57,46 @@ def inspect_folder(folder: Path, verify: bool = False) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    specs = read_specs(folder)
+    layers = read_layers(folder)
     tensors = TensorFolder(folder)
     skeleton = build_skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    check_factors(specs, tensors, f"{skeleton.base_model_prefix}.")
-    before = sum(spec.out_features * spec.in_features for spec in specs.values())
-    after = sum(spec.num_params for spec in specs.values())
+    prefix = f"{skeleton.base_model_prefix}."
+    check_factors(layers, tensors, prefix)
+    specs = [layer.spec for layer in layers.values()]
+    before = sum(spec.out_features * spec.in_features for spec in specs)
+    after = sum(spec.num_params for spec in specs)
+    entries = {n: _layer_entry(n, layer, tensors, prefix) for n, layer in layers.items()}
+    stored = sum(entry["bytes"] for entry in entries.values())
     result: dict[str, Any] = {
         "folder": str(folder),
-        "layers": {
-            name: {**spec.to_json(), "params": spec.num_params} for name, spec in specs.items()
+        "layers": entries,
+        "targets": {
+            "before": before,
+            "after": after,
+            "kept": after / before,
+            "bytes": stored,
+            "bits_per_weight": 8 * stored / after,
         },
-        "targets": {"before": before, "after": after, "kept": after / before},
         "bytes": tensors.num_bytes,
     }
     if verify:
         result["verified"] = _verify(folder)
     return result
+
+
+def _layer_entry(
+    name: str, layer: StoredLayer, tensors: TensorFolder, prefix: str
+) -> dict[str, Any]:
+    """A layer's entry of ``config.json``, with its numbers and their bytes, scales included."""
+    found = [find_name(f"{name}.{factor}", prefix, tensors) for factor in layer.forms]
+    size = sum(tensors.shape_bytes(stored) for stored in found if stored is not None)
+    params = layer.spec.num_params
+    return {
+        **layer.to_json(),
+        "params": params,
+        "bytes": size,
+        "bits_per_weight": 8 * size / params,
+    }
 
 
 def _verify(folder: Path) -> bool:

@@ -17,7 +17,14 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from blastnn.checkpoint import METHOD, check_factors, install_layers, parse_specs, read_specs
+from blastnn.checkpoint import (
+    METHOD,
+    QUANTIZED,
+    check_factors,
+    install_layers,
+    parse_layers,
+    read_layers,
+)
 from blastnn.errors import CheckpointError
 from blastnn.files import read_json
 from blastnn.linear import StructuredLinear
@@ -47,15 +54,15 @@ class BlastnnQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
-        specs = parse_specs(self.quantization_config.to_dict())
+        layers = parse_layers(self.quantization_config.to_dict())
         prefix = f"{model.base_model_prefix}."
         if not checkpoint_files:
             raise CheckpointError(
                 "a blastnn model can only be loaded from its files, not from a given state_dict"
             )
         tensors = TensorFolder(Path(checkpoint_files[0]).parent)
-        check_factors(specs, tensors, prefix)
-        install_layers(model, specs, prefix)
+        check_factors(layers, tensors, prefix)
+        install_layers(model, layers, prefix)
         _check_rest(model, tensors, prefix)
         _mark_parents(model)
         tensors.close()
@@ -67,14 +74,17 @@ class BlastnnQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are ordinary parameters."""
-        return True
+        """Factors are ordinary parameters, unless they are stored in few bits."""
+        return not any(QUANTIZED in layer for layer in self.quantization_config.layers.values())
 
 
 def _check_rest(model: PreTrainedModel, tensors: TensorFolder, prefix: str) -> None:
     """Whatever else the model has must be in the files too, tied weights aside."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    for name, _ in model.named_parameters():
+    # The biases of quantised layers are buffers.
+    structured = [n for n, m in model.named_modules() if isinstance(m, StructuredLinear)]
+    biases = [f"{n}.bias" for n in structured if model.get_submodule(n).bias is not None]
+    for name in dict.fromkeys([*(n for n, _ in model.named_parameters()), *biases]):
         if name not in tied and find_name(name, prefix, tensors) is None:
             raise CheckpointError(
                 f"{tensors.folder} has no tensor for {name}; the folder is incomplete"
@@ -101,7 +111,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     """
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
-        read_specs(folder)
+        read_layers(folder)
     names = config.get("architectures") or [None]
     model_class = getattr(transformers, names[0] or "", None) or AutoModel
     options = {"dtype": dtype if dtype is not None else "auto", "use_safetensors": True}

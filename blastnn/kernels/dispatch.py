@@ -1,7 +1,12 @@
 """Which kernel multiplies: a visible table from device type to kernels, the first that can serves.
 
-A choice is made once a session for each (structure, device, dtype) and never changes within it, so
-that results repeat bit for bit. ``explain`` tells what was chosen and why the others were not.
+A choice is made once a session for each (structure, quantisation, device, dtype) and never changes
+within it, so that results repeat bit for bit. ``Choice`` tells what was chosen and why the others
+were not.
+
+A kernel is a module with ``NAME``, ``obstacle(spec, device, dtype)`` and ``matmul(spec, x,
+factors)``. One that takes quantised factors as they are stored also has ``quantized_obstacle(spec,
+quantization, device, dtype)`` and ``quantized_matmul(spec, quantization, x, factors)``.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from torch import Tensor
 
 from blastnn.errors import StructureError
 from blastnn.kernels import native, reference, triton_blast
+from blastnn.quantization import Quantization
 from blastnn.structures import Factors, Structure
 
 # The first kernel of a device's row that has no obstacle is taken; the last serves everything.
@@ -23,9 +29,12 @@ TABLE: dict[str, tuple[ModuleType, ...]] = {
 }
 OTHERWISE: tuple[ModuleType, ...] = (reference,)
 
-_specs: list[Structure] = []
-_numbers: dict[Structure, int] = {}
-_chosen: dict[tuple[Structure, str, torch.dtype], Choice] = {}
+Weight = tuple[Structure, Quantization | None]
+UNQUANTIZED_ONLY = "it takes no quantised factors"
+
+_weights: list[Weight] = []
+_numbers: dict[Weight, int] = {}
+_chosen: dict[tuple[Weight, str, torch.dtype], Choice] = {}
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,15 @@ class Choice:
         return str(self.kernel.NAME)
 
 
-def choose(spec: Structure, device: str, dtype: torch.dtype) -> Choice:
-    """The kernel for a structure on a device type (``"cpu"``, ``"cuda"``) in a dtype."""
-    key = (spec, device, dtype)
+def choose(
+    spec: Structure, device: str, dtype: torch.dtype, quantization: Quantization | None = None
+) -> Choice:
+    """The kernel for a structure on a device type (``"cpu"``, ``"cuda"``) in a dtype of inputs."""
+    key = ((spec, quantization), device, dtype)
     if key not in _chosen:
         passed_over: dict[str, str] = {}
         for kernel in TABLE.get(device, OTHERWISE):
-            reason = kernel.obstacle(spec, device, dtype)
+            reason = _obstacle(kernel, (spec, quantization), device, dtype)
             if reason is None:
                 break
             passed_over[kernel.NAME] = reason
@@ -56,28 +67,48 @@ def choose(spec: Structure, device: str, dtype: torch.dtype) -> Choice:
 
 
 def kernels_for(spec: Structure, device: str, dtype: torch.dtype) -> list[ModuleType]:
-    """All kernels of a device's row that can serve, the preferred one first."""
+    """All kernels of a device's row that can serve unquantised factors, the preferred one first."""
     row = TABLE.get(device, OTHERWISE)
     return [kernel for kernel in row if kernel.obstacle(spec, device, dtype) is None]
 
 
-def number_of(spec: Structure) -> int:
-    """A number that stands for the spec: what a compiler can hold constant while it traces."""
-    if spec not in _numbers:
-        _numbers[spec] = len(_specs)
-        _specs.append(spec)
-    return _numbers[spec]
+def _obstacle(kernel: ModuleType, weight: Weight, device: str, dtype: torch.dtype) -> str | None:
+    """Why a kernel cannot serve; None where it can."""
+    spec, quantization = weight
+    if quantization is None:
+        reason: str | None = kernel.obstacle(spec, device, dtype)
+    elif hasattr(kernel, "quantized_matmul"):
+        reason = kernel.quantized_obstacle(spec, quantization, device, dtype)
+    else:
+        reason = UNQUANTIZED_ONLY
+    return reason
+
+
+def number_of(spec: Structure, quantization: Quantization | None = None) -> int:
+    """A number that stands for both: what a compiler can hold constant while it traces."""
+    weight = (spec, quantization)
+    if weight not in _numbers:
+        _numbers[weight] = len(_weights)
+        _weights.append(weight)
+    return _numbers[weight]
 
 
 @torch.compiler.assume_constant_result
 def _place(number: int, device: str, dtype: torch.dtype) -> int:
-    """The place in the device's row of the kernel chosen for a numbered spec."""
-    kernel = choose(_specs[number], device, dtype).kernel
+    """The place in the device's row of the kernel chosen for a numbered weight."""
+    spec, quantization = _weights[number]
+    kernel = choose(spec, device, dtype, quantization).kernel
     return TABLE.get(device, OTHERWISE).index(kernel)
 
 
-def matmul(spec: Structure, number: int, x: Tensor, factors: Factors) -> Tensor:
-    """``x @ A.T`` by the chosen kernel; ``number`` is ``number_of(spec)``.
+def matmul(
+    spec: Structure,
+    number: int,
+    x: Tensor,
+    factors: Factors,
+    quantization: Quantization | None = None,
+) -> Tensor:
+    """``x @ A.T`` by the chosen kernel; ``number`` is ``number_of(spec, quantization)``.
 
     Raises:
         StructureError: the input and the factors differ in dtype or device, or the input's width is
@@ -85,21 +116,27 @@ def matmul(spec: Structure, number: int, x: Tensor, factors: Factors) -> Tensor:
     """
     spec.check_input(x)
     device = x.device.type
-    if device in TABLE and torch.is_autocast_enabled(
-        device
-    ):  # plain products follow its rules by themselves
+    autocast = device in TABLE and torch.is_autocast_enabled(device)
+    if autocast and quantization is None:  # plain products follow its rules by themselves
         return spec.matmul(x, factors)
-    check_operands(spec, x, factors)
+    check_operands(spec, x, factors, quantization)
     kernel = TABLE.get(device, OTHERWISE)[_place(number, device, x.dtype)]
-    y: Tensor = kernel.matmul(spec, x, factors)
+    if quantization is None:
+        y: Tensor = kernel.matmul(spec, x, factors)
+    else:
+        y = kernel.quantized_matmul(spec, quantization, x, factors)
     return y
 
 
-def check_operands(spec: Structure, x: Tensor, factors: Factors) -> None:
-    """Raise StructureError unless the factors have the dtype and device of the input."""
+def check_operands(
+    spec: Structure, x: Tensor, factors: Factors, quantization: Quantization | None = None
+) -> None:
+    """Raise StructureError unless the factors have the device and, unquantised, dtype of ``x``."""
+    large = () if quantization is None else spec.large_factors()
     for name in spec.factor_shapes():
         factor = factors[name]
-        if factor.dtype != x.dtype or factor.device != x.device:
+        dtype = quantization.dtype if quantization is not None and name in large else x.dtype
+        if factor.dtype != dtype or factor.device != x.device:
             raise StructureError(
                 f"the input is {x.dtype} on {x.device}, but the factor {name} of {spec.name} is "
                 f"{factor.dtype} on {factor.device}; move or cast one of the two"

@@ -72,6 +72,14 @@ class TensorFolder:
         """Every tensor name, in the order of the files."""
         return list(self._file_of)
 
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """The tensor names in each file."""
+        found: dict[str, list[str]] = {}
+        for name, file in self._file_of.items():
+            found.setdefault(file, []).append(name)
+        return found
+
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
 

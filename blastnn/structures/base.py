@@ -65,6 +65,30 @@ class Structure(ABC):
         """The floating-point factors in which the matrix moves in steps: their gradient is zero."""
         return frozenset()
 
+    def large_factors(self) -> tuple[str, ...]:
+        """The floating-point factors that may be stored in few bits: those that are matrices.
+
+        In the order in which they are rounded: each knows what those before it got wrong.
+
+        A structure leaves out the factors that are few and scale all the others: their bytes are
+        hardly worth saving, and a relative error in them is one of everything that they scale.
+        """
+        return tuple(name for name, shape in self.factor_shapes().items() if len(shape) > 1)
+
+    def gram(self, name: str, factors: Factors, second_moment: Tensor | None) -> Tensor | None:
+        """How the columns of a large factor work together; None where the structure cannot tell.
+
+        Args:
+            name: of a factor ``F (..., q, r)``.
+            factors: all factors, floating point.
+            second_moment: of the inputs, ``(n, n)``; None stands for the identity.
+
+        Returns:
+            ``G (..., r, r)`` such that an error ``E`` of that factor alone changes the output by
+            about ``trace(E G E^T)`` in mean square: what one column gets wrong others can mend.
+        """
+        return None
+
     @abstractmethod
     def matmul(self, x: Tensor, factors: Factors) -> Tensor:
         """``x @ to_dense(factors).T``: ``(..., n)`` to ``(..., m)``, without the dense matrix."""

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from blastnn.structures.base import (
     Factors,
@@ -37,6 +38,24 @@ class Blast(BlockGrid):
         """``U (b1, p, r)``, ``S (b1, b2, r)``, ``V (b2, q, r)``."""
         (b1, b2), (p, q), r = self.blocks, self.block_shape, self.rank
         return {"U": (b1, p, r), "S": (b1, b2, r), "V": (b2, q, r)}
+
+    def large_factors(self) -> tuple[str, ...]:
+        """``V``, ``U``; a coupling scales ``p + q`` numbers of theirs."""
+        return ("V", "U")
+
+    def gram(self, name: str, factors: Factors, second_moment: Tensor | None) -> Tensor:
+        """``sum_i s_ij s_ij^T * U_i^T U_i`` for ``V_j``; for ``U_i``, with ``C`` the moment,
+        ``sum_jk s_ij s_ik^T * V_j^T C_jk V_k``.
+        """
+        U, S, V = (factors[key].float() for key in "USV")
+        if name == "V":
+            return torch.einsum("ijr,irs,ijs->jrs", S, U.mT @ U, S)
+        if second_moment is None:
+            return torch.einsum("ijr,jrs,ijs->irs", S, V.mT @ V, S)
+        missing = self.padded_shape[1] - self.in_features
+        moment = pad(second_moment.float(), (0, missing, 0, missing))
+        rows = [(couplings[:, None] * V).flatten(0, 1) for couplings in S]  # (b2 q, r) for each i
+        return torch.stack([row.mT @ moment @ row for row in rows])
 
     def matmul(self, x: Tensor, factors: Factors) -> Tensor:
         """Algorithm 1: ``z_j = V_j^T x_j``, ``w_i = sum_j s_ij z_j``, ``y_i = U_i w_i``."""

@@ -35,6 +35,17 @@ class LowRank(Structure):
         """``U (m, r)``, ``V (n, r)``."""
         return {"U": (self.out_features, self.rank), "V": (self.in_features, self.rank)}
 
+    def large_factors(self) -> tuple[str, ...]:
+        """``V``, ``U``."""
+        return ("V", "U")
+
+    def gram(self, name: str, factors: Factors, second_moment: Tensor | None) -> Tensor:
+        """``U^T U`` for ``V``; for ``U``, with ``C`` the moment, ``V^T C V``."""
+        U, V = factors["U"].float(), factors["V"].float()
+        if name == "V":
+            return U.mT @ U
+        return V.mT @ V if second_moment is None else V.mT @ second_moment.float() @ V
+
     def matmul(self, x: Tensor, factors: Factors) -> Tensor:
         """``(x V) U^T``."""
         self.check_input(x)

@@ -73,6 +73,11 @@ class Sum(Structure):
         pairs = zip(PREFIXES, self.parts, strict=True)
         return frozenset(word + name for word, part in pairs for name in part.step_factors())
 
+    def large_factors(self) -> tuple[str, ...]:
+        """The parts' own, named alike."""
+        pairs = zip(PREFIXES, self.parts, strict=True)
+        return tuple(word + name for word, part in pairs for name in part.large_factors())
+
     def split(self, factors: Factors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The factors of the first part and of the second, under the parts' own names."""
         first, second = (
