@@ -117,6 +117,14 @@ def test_sampling_depends_on_its_seed_alone() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_text_ends_with_the_positions_of_the_model_and_says_so() -> None:
+    model, tokenizer, said = make_model("llama"), byte_tokenizer(), []
+    fits = continue_text(model, tokenizer, "a" * 60, 4, say=said.append)
+    assert not said
+    assert continue_text(model, tokenizer, "a" * 60, 9, say=said.append) == fits
+    assert said == ["at most 4 new tokens instead of 9: the model has no more positions"]
+
+
 def test_more_positions_than_the_model_has_are_refused() -> None:
     with (
         pytest.raises(ModelError, match="take 65 positions.*made for 64"),
