@@ -117,6 +117,14 @@ def test_sampling_depends_on_its_seed_alone() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_text_ends_with_the_positions_of_the_model_and_says_so() -> None:
+    model, tokenizer, said = make_model("llama"), byte_tokenizer(), []
+    fits = continue_text(model, tokenizer, "a" * 60, 4, say=said.append)
+    assert not said
+    assert continue_text(model, tokenizer, "a" * 60, 9, say=said.append) == fits
+    assert said == ["at most 4 new tokens instead of 9: the model has no more positions"]
+
+
 def test_more_positions_than_the_model_has_are_refused() -> None:
     with (
         pytest.raises(ModelError, match="take 65 positions.*made for 64"),
@@ -199,9 +207,9 @@ def test_no_energy_counter_is_said(tmp_path: Path) -> None:
 
 
 def test_report_speeds_keep_their_form() -> None:
-    ids = prompts(1, 40)
+    ids = prompts(1, 64)  # as many as the model has positions
     found = compare_speed(make_model("llama"), make_model("llama", seed=1), ids, rounds=1)
-    for phase, tokens in (("prefill", 40), ("decode", 16)):
+    for phase, tokens in (("prefill", 64), ("decode", 16)):
         row = found[phase]
         assert row["tokens"] == tokens
         assert row["ratio"] == pytest.approx(row["compressed"] / row["dense"])

@@ -9,6 +9,7 @@ Shape letters: ``B`` sequences, ``T`` tokens of the prompt, ``C`` vocabulary.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,12 +110,18 @@ def open_engine(model: PreTrainedModel, length: int, compiled: bool = False) -> 
 
 def check_length(model: PreTrainedModel, length: int) -> None:
     """Raise ModelError where the model has fewer than ``length`` positions."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None and length > most:
+    most = positions(model)
+    if length > most:
         raise ModelError(
             f"prompt and new tokens take {length} positions, but the model was made for {most}; "
             "ask for fewer"
         )
+
+
+def positions(model: PreTrainedModel) -> int:
+    """How many positions the model was made for; ``sys.maxsize`` where it does not say."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    return sys.maxsize if most is None else int(most)
 
 
 def _make_step(model: PreTrainedModel, cache: StaticCache) -> Step:

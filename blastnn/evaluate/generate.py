@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blastnn.evaluate.engine import Choose, open_engine
+from blastnn.evaluate.engine import Choose, open_engine, positions
 
 
 def continue_text(
@@ -24,14 +24,18 @@ def continue_text(
 ) -> str:
     """The text that follows ``prompt``; greedy where ``temperature`` is 0.
 
-    Ends at the model's end-of-text tokens or after ``max_tokens``. ``say`` is told if the step was
-    to be compiled and could not be.
+    Ends at the model's end-of-text tokens, after ``max_tokens``, or where the model has no more
+    positions. ``say`` is told of the last, and if the step was to be compiled and could not be.
 
     Raises:
-        ModelError: prompt and new tokens are more than the model has positions.
+        ModelError: the prompt leaves no position for a new token.
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     choose = _sampler(temperature, seed, model.device) if temperature > 0 else None
+    room = positions(model) - ids.shape[1]
+    if 0 < room < max_tokens:
+        say(f"at most {room} new tokens instead of {max_tokens}: the model has no more positions")
+        max_tokens = room
     ends, made = _end_tokens(model, tokenizer), []
     with open_engine(model, ids.shape[1] + max_tokens, compiled) as engine:
         for token in engine.tokens(ids, max_tokens, choose):

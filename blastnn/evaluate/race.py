@@ -73,8 +73,8 @@ def race(
 ) -> dict[str, Racer]:
     """Time every model ``rounds`` times, in turn, on prompts ``ids (B, T)``.
 
-    A run of decoding is ``new_tokens`` steps behind the prompt. The check, which compiles, and one
-    further round warm up and are not counted.
+    A run of decoding is ``new_tokens`` steps behind the prompt, and there may be none. The check,
+    which compiles, and one further round warm up and are not counted.
 
     Raises:
         MeasurementError: the engine's logits are not those of the plain model.
