@@ -31,3 +31,7 @@ class PlanError(BlastnnError):
 
 class ResumeError(BlastnnError):
     """An output folder that cannot be written to, or an earlier run that cannot be continued."""
+
+
+class ExportError(BlastnnError):
+    """A model that another runtime cannot take, or a file that it cannot be written to."""

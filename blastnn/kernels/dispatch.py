@@ -1,7 +1,8 @@
 """Which kernel multiplies: a visible table from device type to kernels, the first that can serves.
 
 A choice is made once a session for each (structure, device, dtype) and never changes within it, so
-that results repeat bit for bit. ``explain`` tells what was chosen and why the others were not.
+that results repeat bit for bit; ``choose`` tells which one, and why the others do not serve. While
+``torch.export`` traces, the table is not asked: ``portable`` goes into every exported graph.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.kernels import reference
+from blastnn.kernels import portable, reference
 from blastnn.structures import Factors, Structure
 
 # The first kernel of a device's row that has no obstacle is taken; the last serves everything.
@@ -79,6 +80,8 @@ def matmul(spec: Structure, number: int, x: Tensor, factors: Factors) -> Tensor:
     """
     spec.check_input(x)
     check_operands(spec, x, factors)
+    if torch.compiler.is_exporting():  # the graph must serve any token count, in any runtime
+        return portable.matmul(spec, x, factors)
     device = x.device.type
     kernel = TABLE.get(device, OTHERWISE)[_place(number, device, x.dtype)]
     y: Tensor = kernel.matmul(spec, x, factors)
