@@ -186,6 +186,26 @@ def quantize(
 
 
 @app.command()
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Option(help="ONNX file to write")],
+    against: Annotated[str | None, typer.Option(help="model to measure beside it")] = None,
+    dtype: Annotated[str, typer.Option(help="of the weights: float32 or float16")] = "float32",
+    threads: Annotated[int | None, typer.Option(help="of ONNX Runtime; default: torch's")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write an ONNX file, compare its outputs with PyTorch's, and measure its speed."""
+    from blastnn.display import print_export
+    from blastnn.evaluate.exported import export_folder
+
+    result = export_folder(
+        folder, output, against=against, dtype=dtype, overwrite=force, threads=threads
+    )
+    print_export(result, as_json)
+
+
+@app.command()
 def solvers(as_json: Json = False) -> None:
     """Which solver each structure gets from solver=auto, and which others fit it."""
     from blastnn.display import print_solvers

@@ -35,3 +35,7 @@ class ResumeError(BlastnnError):
 
 class MeasurementError(BlastnnError):
     """A measurement whose check failed, so that its figures would mean nothing."""
+
+
+class ExportError(BlastnnError):
+    """A model that another runtime cannot take, or a file that it cannot be written to."""

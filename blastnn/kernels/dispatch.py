@@ -2,7 +2,7 @@
 
 A choice is made once a session for each (structure, quantisation, device, dtype) and never changes
 within it, so that results repeat bit for bit. ``Choice`` tells what was chosen and why the others
-were not.
+were not. While ``torch.export`` traces, the table is not asked: ``portable`` goes into every graph.
 
 A kernel is a module with ``NAME``, ``obstacle(spec, device, dtype)`` and ``matmul(spec, x,
 factors)``. One that takes quantised factors as they are stored also has ``quantized_obstacle(spec,
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.kernels import native, reference, triton_blast
-from blastnn.quantization import Quantization
+from blastnn.kernels import native, portable, reference, triton_blast
+from blastnn.quantization import Quantization, dequantize_factors
 from blastnn.structures import Factors, Structure
 
 # The first kernel of a device's row that has no obstacle is taken; the last serves everything.
@@ -120,6 +120,8 @@ def matmul(
     if autocast and quantization is None:  # plain products follow its rules by themselves
         return spec.matmul(x, factors)
     check_operands(spec, x, factors, quantization)
+    if torch.compiler.is_exporting():  # the graph must serve any token count, in any runtime
+        return portable.matmul(spec, x, dequantize_factors(spec, factors, quantization, x.dtype))
     kernel = TABLE.get(device, OTHERWISE)[_place(number, device, x.dtype)]
     if quantization is None:
         y: Tensor = kernel.matmul(spec, x, factors)

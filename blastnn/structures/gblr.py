@@ -179,7 +179,7 @@ def smooth_mask(width: Tensor, location: Tensor, size: int, sigma: float) -> Ten
     widths.
     """
     dtype = torch.float64 if width.dtype == torch.float64 else torch.float32
-    w, l = width.to(dtype).clamp(1 / size, 1)[:, None], location.to(dtype)[:, None]  # noqa: E741
+    w, l = width.to(dtype).clamp(1 / size, 1.0)[:, None], location.to(dtype)[:, None]  # noqa: E741
     f = torch.arange(size // 2 + 1, device=width.device, dtype=dtype)
     size_at = w * torch.sinc(f * w) / torch.sinc(f / size) * torch.exp(-0.5 * (f / sigma) ** 2)
     phase = math.pi * f * (1 / size - w - 2 * l)
