@@ -12,6 +12,7 @@ from blastnn.errors import StructureError
 from blastnn.kernels import TABLE, choose, dispatch, native, reference
 from blastnn.kernels.build import BuildError, find_compiler
 from blastnn.linear import StructuredLinear
+from blastnn.quantization import QUANTIZATIONS, dequantize_factors, quantize_factors
 from blastnn.structures import (
     STRUCTURES,
     Blast,
@@ -238,3 +239,18 @@ def test_a_compiler_that_fails_is_quoted(forgetful, caplog, tmp_path):
     assert choice.name == "reference"
     assert "it is Monday" in choice.passed_over["native"]
     assert "it is Monday" in caplog.text
+
+
+@every_dtype
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[2], SPECS[3], SPECS[4], SPECS[7]], ids=str)
+def test_quantised_factors_are_multiplied_as_they_are_stored(spec, name, dtype):
+    how = QUANTIZATIONS[name]
+    assert native.quantized_obstacle(spec, how, "cpu", dtype) is None
+    stored = quantize_factors(spec, fresh(spec, dtype), how)
+    plain = dequantize_factors(spec, stored, how, torch.float64)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, spec.in_features).to(dtype)
+        exact = x.double() @ spec.to_dense(plain).T
+        mine = error(native.quantized_matmul(spec, how, x, stored), exact)
+        assert mine <= 2 * error(reference.quantized_matmul(spec, how, x, stored), exact) + 1e-7

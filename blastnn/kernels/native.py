@@ -22,6 +22,7 @@ from torch import Tensor
 
 from blastnn.kernels.blast_backward import blast_backward
 from blastnn.kernels.build import BuildError, library
+from blastnn.quantization import SCALE, Quantization
 from blastnn.structures import Blast, BlockLowRank, Factors, LowRank, Monarch, Structure
 
 NAME = "native"
@@ -60,6 +61,37 @@ def matmul(spec: Structure, x: Tensor, factors: Factors) -> Tensor:
     return y
 
 
+def quantized_obstacle(
+    spec: Structure, quantization: Quantization, device: str, dtype: torch.dtype
+) -> str | None:
+    """Why this kernel cannot serve quantised factors, or None."""
+    if isinstance(spec, BlockLowRank):
+        return f"it multiplies quantised blast and lowrank matrices, not {spec.name}"
+    return obstacle(spec, device, dtype)
+
+
+def quantized_matmul(
+    spec: Structure, quantization: Quantization, x: Tensor, factors: Factors
+) -> Tensor:
+    """``x @ A.T`` with the factors as they are stored; see ``csrc/quantized.h``."""
+    names = ("U", f"U{SCALE}", "V", f"V{SCALE}")
+    U, U_scale, V, V_scale = (factors[name] for name in names)
+    if isinstance(spec, LowRank):
+        U, U_scale, V, V_scale = (f.unsqueeze(0) for f in (U, U_scale, V, V_scale))
+    y: Tensor = torch.ops.blastnn.blast_quantized(
+        x,
+        U,
+        U_scale,
+        factors.get("S"),
+        V,
+        V_scale,
+        spec.out_features,
+        quantization.bits,
+        quantization.group,
+    )
+    return y
+
+
 @cache
 def _failure() -> str | None:
     """Compile, load and register, once a session; the reason, logged once, where that fails."""
@@ -69,11 +101,18 @@ def _failure() -> str | None:
         reason = f"it could not be built: {error}"
         log.warning("blastnn's CPU kernel is not used, plain PyTorch is: %s", error)
         return reason
+    _register()
+    return None
+
+
+@cache
+def _register() -> None:
+    """Tell PyTorch the shapes of what comes out, and the gradients."""
     for name in ("blast", "blast_inference"):
         torch.library.register_fake(f"blastnn::{name}", _shape)
     torch.library.register_fake("blastnn::blocks_inference", _shape_of_blocks)
+    torch.library.register_fake("blastnn::blast_quantized", _shape_of_quantized)
     torch.library.register_autograd("blastnn::blast", _backward, setup_context=_save)
-    return None
 
 
 def _shape(x: Tensor, U: Tensor, S: Tensor | None, V: Tensor, out_features: int) -> Tensor:
@@ -81,6 +120,20 @@ def _shape(x: Tensor, U: Tensor, S: Tensor | None, V: Tensor, out_features: int)
 
 
 def _shape_of_blocks(x: Tensor, U: Tensor, V: Tensor, out_features: int, strided: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _shape_of_quantized(
+    x: Tensor,
+    U: Tensor,
+    U_scale: Tensor,
+    S: Tensor | None,
+    V: Tensor,
+    V_scale: Tensor,
+    out_features: int,
+    bits: int,
+    group: int,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 

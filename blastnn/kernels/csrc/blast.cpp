@@ -5,25 +5,28 @@
 #include <torch/library.h>
 
 #include "block_low_rank.h"
+#include "quantized.h"
 
 namespace {
 
-constexpr long SERIAL = 65536;  // multiplications for which waking other threads does not pay
+// Multiplications for which other threads are not woken: what they save is little, and what it costs
+// where they do not come at once, because the machine is busy, is a thousand times more.
+constexpr long SERIAL = 1 << 18;
 
 int threads_for(long multiplications) {
   return omp_in_parallel() || multiplications < SERIAL ? 1 : at::get_num_threads();
 }
 
-template <class T>
-void run(const Product<T>& a) {
+template <class T, class Factors>
+void run(const Product<T>& a, const Factors& factors) {
   int threads = threads_for(a.tokens * a.r * (a.b1 * a.p + a.b2 * a.q));
   switch (a.tokens) {
     case 0: return;
-    case 1: return few_tokens<1>(a, threads);
-    case 2: return few_tokens<2>(a, threads);
-    case 3: return few_tokens<3>(a, threads);
-    case 4: return few_tokens<4>(a, threads);
-    default: return many_tokens(a, threads);
+    case 1: return few_tokens<1>(a, factors, threads);
+    case 2: return few_tokens<2>(a, factors, threads);
+    case 3: return few_tokens<3>(a, factors, threads);
+    case 4: return few_tokens<4>(a, factors, threads);
+    default: return many_tokens(a, factors, threads);
   }
 }
 
@@ -47,7 +50,8 @@ const T* pointer(const at::Tensor& tensor) {
 
 // A product without its sizes of blocks: what both operators have in common.
 template <class T>
-Product<T> product_of(const at::Tensor& x, const at::Tensor& U, const at::Tensor& V, at::Tensor& y) {
+Product<T> product_of(const at::Tensor& x, const at::Tensor& U, const at::Tensor& V,
+                      at::Tensor& y) {
   Product<T> a{};
   a.in_features = x.size(-1), a.out_features = y.size(-1);
   a.tokens = a.out_features ? y.numel() / a.out_features : 0;
@@ -82,7 +86,48 @@ at::Tensor blast(const at::Tensor& x, const at::Tensor& U, const std::optional<a
     auto a = product_of<decltype(number)>(xs, us, vs, y);
     a.b1 = U.size(0), a.b2 = V.size(0);
     a.S = S ? pointer<decltype(number)>(ss) : nullptr;
-    run(a);
+    run(a, PlainFactors<decltype(number)>{a});
+  });
+  return y;
+}
+
+template <int BITS, class T>
+void run_quantized(const Product<T>& a, const at::Tensor& U, const at::Tensor& U_scale,
+                   const at::Tensor& V, const at::Tensor& V_scale, long group) {
+  auto bytes = [](const at::Tensor& tensor) {
+    return Packed<BITS>{static_cast<const uint8_t*>(tensor.const_data_ptr())};
+  };
+  run(a, QuantizedFactors<BITS, T>{a, bytes(U), bytes(V), pointer<BFloat16>(U_scale),
+                                   pointer<BFloat16>(V_scale), group, U.size(-1) * 8 / BITS});
+}
+
+// The same with U (b1, p, r) and V (b2, q, r) of whole numbers, two to a byte where `bits` is 4,
+// and their scales (b1, ceil(p / group), r) and (b2, ceil(q / group), r).
+at::Tensor blast_quantized(const at::Tensor& x, const at::Tensor& U, const at::Tensor& U_scale,
+                           const std::optional<at::Tensor>& S, const at::Tensor& V,
+                           const at::Tensor& V_scale, int64_t out_features, int64_t bits,
+                           int64_t group) {
+  bool fits = x.dim() && U.dim() == 3 && V.dim() == 3 && U_scale.dim() == 3 && V_scale.dim() == 3 &&
+              x.size(-1) <= V.size(0) * V.size(1) && out_features <= U.size(0) * U.size(1) &&
+              U.size(2) == V.size(2) && (bits == 8 || bits == 4) && group > 0;
+  if (fits) {
+    int64_t r = U_scale.size(2), stored = (r * bits + 7) / 8;
+    auto scales = [&](const at::Tensor& factor) {
+      return std::vector<int64_t>{factor.size(0), (factor.size(1) + group - 1) / group, r};
+    };
+    fits = U.size(2) == stored && U_scale.sizes() == scales(U) && V_scale.sizes() == scales(V);
+    if (S) fits = fits && S->sizes() == at::IntArrayRef{U.size(0), V.size(0), r};
+  }
+  TORCH_CHECK(fits, "blastnn::blast_quantized: the input and the factors do not fit together");
+  at::Tensor y = output(x, out_features), xs = x.contiguous(), us = U.contiguous(),
+             vs = V.contiguous(), ss = S ? S->contiguous() : at::Tensor();
+  at::Tensor u_scale = U_scale.contiguous(), v_scale = V_scale.contiguous();
+  by_type(x, [&](auto number) {
+    auto a = product_of<decltype(number)>(xs, us, vs, y);
+    a.b1 = U.size(0), a.b2 = V.size(0), a.r = U_scale.size(2);
+    a.S = S ? pointer<decltype(number)>(ss) : nullptr;
+    bits == 8 ? run_quantized<8>(a, us, u_scale, vs, v_scale, group)
+              : run_quantized<4>(a, us, u_scale, vs, v_scale, group);
   });
   return y;
 }
@@ -112,6 +157,9 @@ at::Tensor blocks(const at::Tensor& x, const at::Tensor& U, const at::Tensor& V,
 TORCH_LIBRARY(blastnn, library) {
   library.def("blast(Tensor x, Tensor U, Tensor? S, Tensor V, int out_features) -> Tensor");
   library.def("blocks_inference(Tensor x, Tensor U, Tensor V, int out_features, bool strided) -> Tensor");
+  library.def(
+      "blast_quantized(Tensor x, Tensor U, Tensor U_scale, Tensor? S, Tensor V, Tensor V_scale, "
+      "int out_features, int bits, int group) -> Tensor");
   library.def("blast_inference(Tensor x, Tensor U, Tensor? S, Tensor V, int out_features) -> Tensor");
 }
 
@@ -119,4 +167,5 @@ TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
   library.impl("blast", &blast);
   library.impl("blast_inference", &blast);
   library.impl("blocks_inference", &blocks);
+  library.impl("blast_quantized", &blast_quantized);
 }

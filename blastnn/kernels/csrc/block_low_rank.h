@@ -28,12 +28,10 @@ void few_tokens_of_blocks(const Product<T>& a, bool strided, int threads) {
       const float* xj = x + ij % a.b2 * TOKENS * a.q;
       const T* v = a.V + ij * a.q * a.r;
       float* to = z + ij * TOKENS * a.r;
-      long k = 0;
-      for (; k + 2 <= a.q; k += 2) add_rows<TOKENS, 2>(a.r, xj + k, a.q, v + k * a.r, a.r, to);
-      for (; k < a.q; ++k) add_rows<TOKENS, 1>(a.r, xj + k, a.q, v + k * a.r, a.r, to);
+      add_all_rows<TOKENS>(a.q, a.r, xj, a.q, v, a.r, to);
     }
     barrier();
-    Segments segments{a.b2, a.p * a.r, TOKENS * a.r};
+    Segments segments{a.b2, a.r, a.p * a.r, TOKENS * a.r};
     Range rows = share(a.b1 * a.p, W, thread, threads);
     for (long row = rows.from, end; row < rows.to; row = end) {
       long i = row / a.p, l = row % a.p;
@@ -59,7 +57,8 @@ void left_tile_of_blocks(const Product<T>& a, long tokens, long i, long row, lon
       long depth = std::min(long(DEPTH), a.r - k), whole = blocks > 1 ? blocks * wide : depth;
       if (blocks > 1) std::fill_n(panels, whole_lines(count) * whole, 0.0f);
       for (long s = 0; s < blocks; ++s)
-        pack_transposed(depth, count, a.U + (((i * a.b2 + j + s) * a.p + row) * a.r + k), a.r,
+        pack_transposed(depth, count,
+                        Rows<T>{a.U + ((i * a.b2 + j + s) * a.p + row) * a.r + k, a.r},
                         panels + s * wide * PANEL, whole);
       multiply(tokens, count, whole, z + j * wide + k, ldz, panels, out, ROW_TILE, j + k > 0);
     }

@@ -5,11 +5,12 @@
 // other thread there; after one barrier it takes a range of rows for y_i = U_i w_i.
 #pragma once
 
+#include "panel.h"
 #include "product.h"
 
 // z (TOKENS, width) += x (TOKENS, ROWS) times ROWS rows of v, of stride ldv.
-template <int TOKENS, int ROWS, class T>
-inline void add_rows(long width, const float* x, long ldx, const T* v, long ldv, float* z) {
+template <int TOKENS, int ROWS, class P>
+inline void add_rows(long width, const float* x, long ldx, P v, long ldv, float* z) {
   Vec xs[ROWS][TOKENS];
 #pragma GCC unroll 8
   for (int k = 0; k < ROWS; ++k)
@@ -19,7 +20,7 @@ inline void add_rows(long width, const float* x, long ldx, const T* v, long ldv,
   for (; c + W <= width; c += W) {
     Vec rows[ROWS];
 #pragma GCC unroll 8
-    for (int k = 0; k < ROWS; ++k) rows[k] = load(v + k * ldv + c);
+    for (int k = 0; k < ROWS; ++k) rows[k] = load(v + (k * ldv + c));
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) {
       Vec total = load(z + t * width + c);
@@ -59,36 +60,36 @@ inline void couple(long width, long b2, const T* s, long lds, const float* z, lo
     }
 }
 
-// Where the operands of `dot_rows` lie: `count` segments of r products each (one for BLAST).
+// Where the operands of `dot_rows` lie: `count` segments of r products each (one for BLAST), and
+// rows of U that are ldu apart.
 struct Segments {
-  long count, next_u, next_w;
+  long count, ldu, next_u, next_w;
 };
 
 // ROWS x TOKENS dot products of length r: rows of U times the tokens' w, sums of W together.
 // What is left of r behind whole vectors is read again with the last whole vector of U; `rests`
 // (segments, TOKENS, W) holds w there, and zeros where it has been counted.
-template <int TOKENS, int ROWS, class T>
-inline Vec dot_rows(long r, const Segments& segments, const T* u, const float* w,
-                    const float* rests) {
+template <int TOKENS, int ROWS, class P>
+inline Vec dot_rows(long r, const Segments& segments, P u, const float* w, const float* rests) {
   static_assert(ROWS * TOKENS <= W);
   Vec acc[W] = {};
-  auto step = [&](const float* ws, long next, const T* us) {
+  auto step = [&](const float* ws, long next, P us) {
     Vec tokens[TOKENS];
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) tokens[t] = load(ws + t * next);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      Vec row = load(us + i * r);
+      Vec row = load(us + i * segments.ldu);
 #pragma GCC unroll 4
       for (int t = 0; t < TOKENS; ++t) add(acc[i * TOKENS + t], row, tokens[t]);
     }
   };
   for (long s = 0; r >= W && s < segments.count; ++s) {
-    const T* us = u + s * segments.next_u;
+    P us = u + s * segments.next_u;
     const float* ws = w + s * segments.next_w;
     long k = 0;
     for (; k + W <= r; k += W) step(ws + k, r, us + k);
-    if (k < r) step(rests + s * TOKENS * W, W, us + r - W);
+    if (k < r) step(rests + s * TOKENS * W, W, us + (r - W));
   }
   transpose(acc);
   Vec total = acc[0];
@@ -100,7 +101,7 @@ inline Vec dot_rows(long r, const Segments& segments, const T* u, const float* w
         float one = 0;
         for (long s = 0; s < segments.count; ++s)
           for (long c = 0; c < r; ++c)
-            add(one, to_float(u[s * segments.next_u + i * r + c]), w[s * segments.next_w + t * r + c]);
+            add(one, to_float(u[s * segments.next_u + i * segments.ldu + c]), w[s * segments.next_w + t * r + c]);
         total[i * TOKENS + t] = one;
       }
   return total;
@@ -118,8 +119,8 @@ inline void take_rests(long r, const Segments& segments, const float* w, float* 
 }
 
 // out(row, token, value) for rows [0, count) of one block row, from where `u` and `w` point.
-template <int TOKENS, class T, class Out>
-inline void left_block(long count, long r, const Segments& segments, const T* u, const float* w,
+template <int TOKENS, class P, class Out>
+inline void left_block(long count, long r, const Segments& segments, P u, const float* w,
                        float* rests, Out out) {
   constexpr int ROWS = W / TOKENS;
   take_rests<TOKENS>(r, segments, w, rests);
@@ -130,28 +131,28 @@ inline void left_block(long count, long r, const Segments& segments, const T* u,
     row += rows;
   };
   while (row + ROWS <= count)
-    put_rows(dot_rows<TOKENS, ROWS>(r, segments, u + row * r, w, rests), ROWS);
-  while (row < count) put_rows(dot_rows<TOKENS, 1>(r, segments, u + row * r, w, rests), 1);
+    put_rows(dot_rows<TOKENS, ROWS>(r, segments, u + row * segments.ldu, w, rests), ROWS);
+  while (row < count) put_rows(dot_rows<TOKENS, 1>(r, segments, u + row * segments.ldu, w, rests), 1);
 }
 
-// z_j for all j and w_i for all i over the columns `rank` of the factors.
-template <int TOKENS, class T>
-void right_and_couple(const Product<T>& a, Range rank, const float* x, float* z, float* w) {
+// ROWS rows at a time: z (TOKENS, width) += x (TOKENS, rows) times rows of v.
+template <int TOKENS, class P>
+inline void add_all_rows(long rows, long width, const float* x, long ldx, P v, long ldv, float* z) {
   constexpr int ROWS = TOKENS <= 2 ? 4 : 2;
-  long width = rank.to - rank.from, next = TOKENS * width;
-  std::fill(z, z + a.b2 * next, 0.0f);
-  for (long j = 0; j < a.b2; ++j) {
-    const T* v = a.V + j * a.q * a.r + rank.from;
-    const float* xj = x + j * TOKENS * a.q;
-    long k = 0;
-    for (; k + ROWS <= a.q; k += ROWS)
-      add_rows<TOKENS, ROWS>(width, xj + k, a.q, v + k * a.r, a.r, z + j * next);
-    for (; k < a.q; ++k) add_rows<TOKENS, 1>(width, xj + k, a.q, v + k * a.r, a.r, z + j * next);
-  }
+  long k = 0;
+  for (; k + ROWS <= rows; k += ROWS)
+    add_rows<TOKENS, ROWS>(width, x + k, ldx, v + k * ldv, ldv, z);
+  for (; k < rows; ++k) add_rows<TOKENS, 1>(width, x + k, ldx, v + k * ldv, ldv, z);
+}
+
+// w_i for all i over the columns `rank`, from z (b2, TOKENS, width).
+template <int TOKENS, class T>
+void couple_rank(const Product<T>& a, Range rank, const float* z, float* w) {
+  long width = rank.to - rank.from;
   for (long i = 0; i < a.b1; ++i) {
     float* wi = w + i * TOKENS * a.r + rank.from;
     if (a.S)
-      couple<TOKENS>(width, a.b2, a.S + i * a.b2 * a.r + rank.from, a.r, z, next, wi, a.r);
+      couple<TOKENS>(width, a.b2, a.S + i * a.b2 * a.r + rank.from, a.r, z, TOKENS * width, wi, a.r);
     else
       for (int t = 0; t < TOKENS; ++t) std::copy_n(z + t * width, width, wi + t * a.r);
   }
@@ -165,22 +166,53 @@ void left_rows(const Product<T>& a, Range rows, const float* w) {
     long i = row / a.p;
     end = std::min(rows.to, (i + 1) * a.p);
     T* y = a.y + row;
-    left_block<TOKENS>(end - row, a.r, Segments{1, 0, 0}, a.U + row * a.r, w + i * TOKENS * a.r, rests,
+    left_block<TOKENS>(end - row, a.r, Segments{1, a.r, 0, 0}, a.U + row * a.r, w + i * TOKENS * a.r, rests,
                        [&](long k, int t, float value) { put(y + t * a.out_features + k, value); });
   }
 }
 
-template <int TOKENS, class T>
-void few_tokens(const Product<T>& a, int threads) {
+// Factors as they are trained: numbers of the input's type.
+template <class T>
+struct PlainFactors {
+  const Product<T>& a;
+
+  // z_j (TOKENS, width) of one block column over the columns `rank`.
+  template <int TOKENS>
+  void right(long j, Range rank, const float* xj, float* zj) const {
+    long width = rank.to - rank.from;
+    std::fill_n(zj, TOKENS * width, 0.0f);
+    add_all_rows<TOKENS>(a.q, width, xj, a.q, a.V + j * a.q * a.r + rank.from, a.r, zj);
+  }
+
+  template <int TOKENS>
+  void left(Range rows, const float* w) const {
+    left_rows<TOKENS>(a, rows, w);
+  }
+
+  void pack_right(long j, long k, long depth, Range rank, float* panels) const {
+    pack(depth, rank.to - rank.from, a.V + (j * a.q + k) * a.r + rank.from, a.r, panels);
+  }
+
+  void pack_left(long i, long row, long count, long k, long depth, float* panels) const {
+    Rows<T> rows{a.U + (i * a.p + row) * a.r + k, a.r};
+    pack_transposed(depth, count, rows, panels, depth);
+  }
+};
+
+template <int TOKENS, class T, class Factors>
+void few_tokens(const Product<T>& a, const Factors& factors, int threads) {
   long x_size = whole_lines(TOKENS * a.b2 * a.q), w_size = whole_lines(a.b1 * TOKENS * a.r);
   float* x = scratch(x_size + w_size + a.b2 * TOKENS * whole_lines(a.r));
-  float *w = x + x_size, *z = w + w_size;
+  float *w = x + x_size, *all_z = w + w_size;
   split_columns(a, 0, TOKENS, {0, TOKENS}, x, a.q);
-  auto part = [&](int thread, int threads, auto barrier) {
+  in_parallel(threads, [&](int thread, int threads, auto barrier) {
     Range rank = share(a.r, 16, thread, threads);
-    if (rank.from < rank.to) right_and_couple<TOKENS>(a, rank, x, z + a.b2 * TOKENS * rank.from, w);
+    long width = rank.to - rank.from;
+    float* z = all_z + a.b2 * TOKENS * rank.from;
+    for (long j = 0; width && j < a.b2; ++j)
+      factors.template right<TOKENS>(j, rank, x + j * TOKENS * a.q, z + j * TOKENS * width);
+    if (width) couple_rank<TOKENS>(a, rank, z, w);
     barrier();
-    left_rows<TOKENS>(a, share(a.out_features, W, thread, threads), w);
-  };
-  in_parallel(threads, part);
+    factors.template left<TOKENS>(share(a.out_features, W, thread, threads), w);
+  });
 }

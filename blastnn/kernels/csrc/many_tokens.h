@@ -72,15 +72,15 @@ void couple_tile(const Product<T>& a, long tokens, Range rank, const float* z, l
 }
 
 // z_j for all j, then w, over the columns `rank`; x is (b2, tokens, ldq).
-template <class T>
-void right_and_couple_tile(const Product<T>& a, long tokens, Range rank, const float* x, long ldq,
+template <class T, class Factors>
+void right_and_couple_tile(const Product<T>& a, const Factors& factors, long tokens, Range rank, const float* x, long ldq,
                            float* z, float* panels, float* w, long ldw) {
   long width = rank.to - rank.from, ldz = (width + PANEL - 1) / PANEL * PANEL;
   long depth = std::clamp(long(DEPTH) * 4 * PANEL / ldz, 32L, long(DEPTH));
   for (long j = 0; j < a.b2; ++j)
     for (long k = 0; k < a.q; k += depth) {
       long rows = std::min(depth, a.q - k);
-      pack(rows, width, a.V + (j * a.q + k) * a.r + rank.from, a.r, panels);
+      factors.pack_right(j, k, rows, rank, panels);
       multiply(tokens, width, rows, x + j * tokens * ldq + k, ldq, panels, z + j * tokens * ldz, ldz,
                k > 0);
     }
@@ -90,12 +90,12 @@ void right_and_couple_tile(const Product<T>& a, long tokens, Range rank, const f
 }
 
 // y_i = U_i w_i for `count` rows of block row i from row `row` of it on.
-template <class T>
-void left_tile(const Product<T>& a, long first, long tokens, long i, long row, long count,
+template <class T, class Factors>
+void left_tile(const Product<T>& a, const Factors& factors, long first, long tokens, long i, long row, long count,
                const float* w, long ldw, float* panels, float* out) {
   for (long k = 0; k < a.r; k += DEPTH) {
     long depth = std::min(long(DEPTH), a.r - k);
-    pack_transposed(depth, count, a.U + (i * a.p + row) * a.r + k, a.r, panels, depth);
+    factors.pack_left(i, row, count, k, depth, panels);
     multiply(tokens, count, depth, w + i * tokens * ldw + k, ldw, panels, out, ROW_TILE, k > 0);
   }
   long shown = std::min(count, a.out_features - (i * a.p + row));
@@ -105,15 +105,15 @@ void left_tile(const Product<T>& a, long first, long tokens, long i, long row, l
   }
 }
 
-template <class T>
-void left_panels(const Product<T>& a, long first, long tokens, Range panels_of_all, const float* w,
+template <class T, class Factors>
+void left_panels(const Product<T>& a, const Factors& factors, long first, long tokens, Range panels_of_all, const float* w,
                  long ldw, float* panels, float* out) {
   long per_block = (a.p + PANEL - 1) / PANEL;
   for (long unit = panels_of_all.from; unit < panels_of_all.to;) {
     long i = unit / per_block, panel = unit % per_block;
     long end = std::min({panels_of_all.to - i * per_block, per_block, panel + ROW_TILE / PANEL});
     long row = panel * PANEL, count = std::min(end * PANEL, a.p) - row;
-    left_tile(a, first, tokens, i, row, count, w, ldw, panels, out);
+    left_tile(a, factors, first, tokens, i, row, count, w, ldw, panels, out);
     unit += end - panel;
   }
 }
@@ -124,8 +124,8 @@ inline long even_chunk(long tokens) {
   return ((tokens + chunks - 1) / chunks + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
 }
 
-template <class T>
-void many_tokens(const Product<T>& a, int threads) {
+template <class T, class Factors>
+void many_tokens(const Product<T>& a, const Factors& factors, int threads) {
   long chunk = even_chunk(a.tokens);
   long ldw = row_stride((a.r + PANEL - 1) / PANEL * PANEL), ldq = row_stride(a.q);
   long tile = std::clamp(CACHE / (a.b2 * chunk) / PANEL, 1L, 32L) * PANEL;
@@ -135,7 +135,7 @@ void many_tokens(const Product<T>& a, int threads) {
   size_t own = z_size + out_size + panel_size;
   float* x = scratch(x_size + w_size + threads * own);
   float *w = x + x_size, *rest = w + w_size;
-  auto part = [&](int thread, int threads, auto barrier) {
+  in_parallel(threads, [&](int thread, int threads, auto barrier) {
     float *z = rest + thread * own, *out = z + z_size, *panels = out + out_size;
     long units = a.b1 * ((a.p + PANEL - 1) / PANEL);
     for (long first = 0; first < a.tokens; first += chunk) {
@@ -144,12 +144,11 @@ void many_tokens(const Product<T>& a, int threads) {
       barrier();
       Range rank = share(a.r, PANEL, thread, threads);
       for (long c = rank.from; c < rank.to; c += tile)
-        right_and_couple_tile(a, tokens, {c, std::min(c + tile, rank.to)}, x, ldq, z, panels, w,
+        right_and_couple_tile(a, factors, tokens, {c, std::min(c + tile, rank.to)}, x, ldq, z, panels, w,
                               ldw);
       barrier();
-      left_panels(a, first, tokens, share(units, 1, thread, threads), w, ldw, panels, out);
+      left_panels(a, factors, first, tokens, share(units, 1, thread, threads), w, ldw, panels, out);
       barrier();
     }
-  };
-  in_parallel(threads, part);
+  });
 }

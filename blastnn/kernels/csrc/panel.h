@@ -73,14 +73,14 @@ inline void multiply(int tokens, int columns, int depth, const float* a, long ld
 }
 
 // Panels of rows `b` (depth x columns, row-major with stride ldb): copied, zeros on the right.
-template <class T>
-inline void pack(int depth, int columns, const T* b, long ldb, float* panels) {
+template <class P>
+inline void pack(int depth, int columns, P b, long ldb, float* panels) {
   for (int from = 0; from < columns; from += PANEL) {
     int width = std::min(PANEL, columns - from);
     float* to = panels + long(from) * depth;
     for (int k = 0; k < depth; ++k, to += PANEL) {
-      const T* row = b + long(k) * ldb + from;
-      __builtin_prefetch(row + 8 * ldb);
+      P row = b + (k * ldb + from);
+      __builtin_prefetch(address(row + 8 * ldb));
       if (width == PANEL) {
         store(to, load(row));
         store(to + W, load(row + W));
@@ -91,23 +91,34 @@ inline void pack(int depth, int columns, const T* b, long ldb, float* panels) {
   }
 }
 
-// Panels of the transpose of `b` (columns x depth, row-major): columns of the product are its rows.
-// `panels` may point into panels of a greater depth, `whole` of it.
-template <class T>
-inline void pack_transposed(int depth, int columns, const T* b, long ldb, float* panels, int whole) {
+// Panels of the transpose of a matrix (columns x depth), whose numbers `read` gives: W of row c
+// from k on, or a single one. Columns of the product are its rows. `panels` may point into panels
+// of a greater depth, `whole` of it.
+template <class Read>
+inline void pack_transposed(int depth, int columns, const Read& read, float* panels, int whole) {
   for (int from = 0; from < columns; from += W) {
     float* to = panels + long(from / PANEL) * PANEL * whole + from % PANEL;
     int width = std::min(W, columns - from), k = 0;
     for (; k + W <= depth; k += W) {
       Vec rows[W];
 #pragma GCC unroll 16
-      for (int c = 0; c < W; ++c) rows[c] = c < width ? load(b + long(from + c) * ldb + k) : Vec{};
+      for (int c = 0; c < W; ++c) rows[c] = c < width ? read.vector(from + c, k) : Vec{};
       transpose(rows);
 #pragma GCC unroll 16
       for (int c = 0; c < W; ++c) store(to + long(k + c) * PANEL, rows[c]);
     }
     for (; k < depth; ++k)
       for (int c = 0; c < W; ++c)
-        to[long(k) * PANEL + c] = c < width ? to_float(b[long(from + c) * ldb + k]) : 0.0f;
+        to[long(k) * PANEL + c] = c < width ? read.number(from + c, k) : 0.0f;
   }
 }
+
+// A row-major matrix of stride `next`, to be read by `pack_transposed`.
+template <class T>
+struct Rows {
+  const T* first;
+  long next;
+
+  Vec vector(long row, long k) const { return load(first + row * next + k); }
+  float number(long row, long k) const { return to_float(first[row * next + k]); }
+};

@@ -29,6 +29,7 @@ typedef float Vec __attribute__((vector_size(4 * W)));
 typedef float LooseVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint32_t UintVec __attribute__((vector_size(4 * W)));
 typedef uint16_t LooseHalves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(4 * W)));
 typedef int8_t LooseBytes __attribute__((vector_size(W), aligned(1), may_alias));
 
 struct BFloat16 {
@@ -59,15 +60,9 @@ inline Vec load(const BFloat16* from) {
   return reinterpret_cast<Vec>(__builtin_convertvector(halves, UintVec) << 16);
 }
 
-inline Vec load(const int8_t* from) {
-  return __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(from), Vec);
-}
-
 inline void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
 
 inline float to_float(float value) { return value; }
-
-inline float to_float(int8_t value) { return value; }
 
 inline float to_float(BFloat16 value) {
   uint32_t bits = uint32_t(value.bits) << 16;
@@ -89,11 +84,37 @@ inline void put(BFloat16* to, float value) {
   }
 }
 
-inline float sum(Vec value) {
-  float total = 0;
-  for (int lane = 0; lane < W; ++lane) total += value[lane];
-  return total;
+// Rows of whole numbers of BITS bits, moved over like a pointer, in steps of columns: bytes, or
+// nibbles k + 8 of which the low one comes first (a step is then an even number of columns).
+template <int BITS>
+struct Packed {
+  const uint8_t* bytes;
+
+  Packed operator+(long columns) const { return {bytes + columns * BITS / 8}; }
+  float operator[](long column) const {
+    if (BITS == 8) return int8_t(bytes[column]);
+    return int(bytes[column / 2] >> column % 2 * 4 & 15) - 8;
+  }
+};
+
+inline Vec load(Packed<8> from) {
+  return __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(from.bytes), Vec);
 }
+
+inline Vec load(Packed<4> from) {
+  IntVec numbers;
+  for (int lane = 0; lane < W; lane += 8) {
+    uint32_t word;
+    std::memcpy(&word, from.bytes + lane / 2, W < 8 ? W / 2 : 4);
+    for (int k = 0; k < (W < 8 ? W : 8); ++k) numbers[lane + k] = int(word >> 4 * k & 15) - 8;
+  }
+  return __builtin_convertvector(numbers, Vec);
+}
+
+inline const void* address(const float* from) { return from; }
+inline const void* address(const BFloat16* from) { return from; }
+template <int BITS>
+const void* address(Packed<BITS> from) { return from.bytes; }
 
 // One exchange of a block transpose: blocks of D lanes swap between vectors D apart.
 template <int D, bool FIRST, size_t... LANE>
