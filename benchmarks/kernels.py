@@ -1,6 +1,6 @@
 """Is the structured product faster than dense? Every block count and number of tokens, one run.
 
-``python -m benchmarks.kernels`` prints, for 1536 x 576, 4096 x 4096 and 11008 x 4096 matrices at half
+``python -m benchmarks.kernels`` prints, for 1536 x 576, 4096 x 4096 and 11008 x 4096 at half
 their parameters, how many times faster than dense (``torch.nn.functional.linear``) the CPU kernel
 and plain PyTorch are: medians of interleaved runs on the same machine and threads. Before a figure
 is printed, the kernel's error against float64 is checked: at most twice that of plain PyTorch.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from blastnn.evaluate.machine import measure_machine
+from blastnn.evaluate.machine import ceilings, describe
 from blastnn.files import write_json
 from blastnn.kernels import native
 from blastnn.kernels.measure import Timing, measure
@@ -52,7 +52,7 @@ def main() -> None:
             rows += [as_row(cell) for cell in cells]
             print(line(spec, cells), flush=True)
     print(f"least: {min(row['native'] for row in rows):.2f} times dense")
-    machine = measure_machine("cpu", dtype)
+    machine = {**describe(), **ceilings(torch.device("cpu"), dtype)}
     given.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.output, {"machine": machine, "threads": torch.get_num_threads(), "rows": rows})
     print(f"{machine}; {torch.get_num_threads()} threads; {given.output}")
