@@ -11,7 +11,7 @@ namespace {
 
 // Multiplications for which other threads are not woken: what they save is little, and what it costs
 // where they do not come at once, because the machine is busy, is a thousand times more.
-constexpr long SERIAL = 1 << 18;
+constexpr long SERIAL = 1 << 17;
 
 int threads_for(long multiplications) {
   return omp_in_parallel() || multiplications < SERIAL ? 1 : at::get_num_threads();

@@ -8,6 +8,14 @@
 #include "panel.h"
 #include "product.h"
 
+constexpr long AHEAD = 2048;  // bytes between what is read and what is asked for
+
+// `count` cache lines from `from` on are asked for, to be there when they are needed.
+inline void ask_for(const void* from, long count) {
+  auto byte = static_cast<const char*>(from);
+  for (long line = 0; line < count; ++line) __builtin_prefetch(byte + 64 * line);
+}
+
 // z (TOKENS, width) += x (TOKENS, ROWS) times ROWS rows of v, of stride ldv.
 template <int TOKENS, int ROWS, class P>
 inline void add_rows(long width, const float* x, long ldx, P v, long ldv, float* z) {
@@ -72,6 +80,8 @@ struct Segments {
 template <int TOKENS, int ROWS, class P>
 inline Vec dot_rows(long r, const Segments& segments, P u, const float* w, const float* rests) {
   static_assert(ROWS * TOKENS <= W);
+  // The rows that come next, which lie behind these, a share with every step.
+  const int LINES = std::max(1L, bytes_of(u, ROWS * W) / 64);
   Vec acc[W] = {};
   auto step = [&](const float* ws, long next, P us) {
     Vec tokens[TOKENS];
@@ -88,7 +98,12 @@ inline Vec dot_rows(long r, const Segments& segments, P u, const float* w, const
     P us = u + s * segments.next_u;
     const float* ws = w + s * segments.next_w;
     long k = 0;
-    for (; k + W <= r; k += W) step(ws + k, r, us + k);
+    const char* next = static_cast<const char*>(address(us + ROWS * segments.ldu));
+    for (; k + W <= r; k += W) {
+      for (int line = 0; line < LINES; ++line) __builtin_prefetch(next + 64 * line);
+      next += 64 * LINES;
+      step(ws + k, r, us + k);
+    }
     if (k < r) step(rests + s * TOKENS * W, W, us + (r - W));
   }
   transpose(acc);
@@ -139,9 +154,12 @@ inline void left_block(long count, long r, const Segments& segments, P u, const 
 template <int TOKENS, class P>
 inline void add_all_rows(long rows, long width, const float* x, long ldx, P v, long ldv, float* z) {
   constexpr int ROWS = TOKENS <= 2 ? 4 : 2;
-  long k = 0;
-  for (; k + ROWS <= rows; k += ROWS)
+  long k = 0, lines = bytes_of(v, width) / 64 + 1;
+  long ahead = (AHEAD / (64 * lines * ROWS) + 1) * ROWS;
+  for (; k + ROWS <= rows; k += ROWS) {
+    for (long row = k + ahead; row < k + ahead + ROWS; ++row) ask_for(address(v + row * ldv), lines);
     add_rows<TOKENS, ROWS>(width, x + k, ldx, v + k * ldv, ldv, z);
+  }
   for (; k < rows; ++k) add_rows<TOKENS, 1>(width, x + k, ldx, v + k * ldv, ldv, z);
 }
 
@@ -189,6 +207,8 @@ struct PlainFactors {
     left_rows<TOKENS>(a, rows, w);
   }
 
+  const void* left_address(long row) const { return address(a.U + row * a.r); }
+
   void pack_right(long j, long k, long depth, Range rank, float* panels) const {
     pack(depth, rank.to - rank.from, a.V + (j * a.q + k) * a.r + rank.from, a.r, panels);
   }
@@ -211,8 +231,10 @@ void few_tokens(const Product<T>& a, const Factors& factors, int threads) {
     float* z = all_z + a.b2 * TOKENS * rank.from;
     for (long j = 0; width && j < a.b2; ++j)
       factors.template right<TOKENS>(j, rank, x + j * TOKENS * a.q, z + j * TOKENS * width);
+    Range rows = share(a.out_features, W, thread, threads);
+    ask_for(factors.left_address(rows.from), AHEAD / 64);
     if (width) couple_rank<TOKENS>(a, rank, z, w);
     barrier();
-    factors.template left<TOKENS>(share(a.out_features, W, thread, threads), w);
+    factors.template left<TOKENS>(rows, w);
   });
 }

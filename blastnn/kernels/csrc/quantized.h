@@ -60,6 +60,8 @@ struct QuantizedFactors {
     }
   }
 
+  const void* left_address(long row) const { return address(U + row * stored); }
+
   void pack_right(long j, long k, long depth, Range rank, float* panels) const {
     long width = rank.to - rank.from;
     pack(depth, width, V + ((j * a.q + k) * stored + rank.from), stored, panels);

@@ -116,6 +116,11 @@ inline const void* address(const BFloat16* from) { return from; }
 template <int BITS>
 const void* address(Packed<BITS> from) { return from.bytes; }
 
+inline long bytes_of(const float*, long columns) { return 4 * columns; }
+inline long bytes_of(const BFloat16*, long columns) { return 2 * columns; }
+template <int BITS>
+long bytes_of(Packed<BITS>, long columns) { return columns * BITS / 8; }
+
 // One exchange of a block transpose: blocks of D lanes swap between vectors D apart.
 template <int D, bool FIRST, size_t... LANE>
 inline Vec exchanged(Vec a, Vec b, std::index_sequence<LANE...>) {
