@@ -82,6 +82,9 @@ void left_panels_of_blocks(const Product<T>& a, bool strided, long first, long t
 
 template <class T>
 void many_tokens_of_blocks(const Product<T>& a, bool strided, int threads) {
+  if (worth_apart(a, threads))
+    return apart(a, threads,
+                 [&](const Product<T>& part) { many_tokens_of_blocks(part, strided, 1); });
   long chunk = even_chunk(a.tokens), wide = (a.r + W - 1) / W * W;
   long ldz = row_stride(a.b2 * wide), ldq = row_stride(a.q);
   size_t x_size = chunk * a.b2 * ldq, z_size = a.b1 * chunk * ldz + PANEL;

@@ -9,6 +9,8 @@
 #include "product.h"
 
 constexpr long CHUNK = 256;             // tokens
+constexpr long MANY = 128;              // tokens that a thread can be busy with by itself
+constexpr long OWN = 384 * 1024;        // floats of w that every thread may have for itself
 constexpr long CACHE = 64 * 1024;       // floats of z that a thread works on at a time
 constexpr long ROW_TILE = 4 * PANEL;    // output rows between two packings
 
@@ -62,9 +64,13 @@ void couple_tile(const Product<T>& a, long tokens, Range rank, const float* z, l
     pack(a.b1 * a.b2, width, a.S + c, a.r, s);
     const float* zc = z + c - rank.from;
     long t = 0;
-    for (; t + 3 <= tokens; t += 3)
+    for (; t + 3 <= tokens; t += 3) {
+      // w is written for the first time here: its lines are on their way before they are needed.
+      for (long i = 0; i < a.b1; ++i)
+        for (int k = 0; k < 3; ++k) __builtin_prefetch(w + (i * tokens + t + 3 + k) * ldw + c, 1);
       couple_all_rows<3>(a.b1, a.b2, s, zc + t * ldz, ldz, tokens * ldz, w + t * ldw + c, ldw,
                          tokens * ldw);
+    }
     for (; t < tokens; ++t)
       couple_all_rows<1>(a.b1, a.b2, s, zc + t * ldz, ldz, tokens * ldz, w + t * ldw + c, ldw,
                          tokens * ldw);
@@ -76,10 +82,9 @@ template <class T, class Factors>
 void right_and_couple_tile(const Product<T>& a, const Factors& factors, long tokens, Range rank, const float* x, long ldq,
                            float* z, float* panels, float* w, long ldw) {
   long width = rank.to - rank.from, ldz = (width + PANEL - 1) / PANEL * PANEL;
-  long depth = std::clamp(long(DEPTH) * 4 * PANEL / ldz, 32L, long(DEPTH));
   for (long j = 0; j < a.b2; ++j)
-    for (long k = 0; k < a.q; k += depth) {
-      long rows = std::min(depth, a.q - k);
+    for (long k = 0; k < a.q; k += DEPTH) {
+      long rows = std::min(long(DEPTH), a.q - k);
       factors.pack_right(j, k, rows, rank, panels);
       multiply(tokens, width, rows, x + j * tokens * ldq + k, ldq, panels, z + j * tokens * ldz, ldz,
                k > 0);
@@ -124,14 +129,34 @@ inline long even_chunk(long tokens) {
   return ((tokens + chunks - 1) / chunks + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
 }
 
+// Whether each thread should take tokens of its own: nobody waits, and packing every weight once more
+// costs little where they are many. But then each has its own w, which must not crowd the cache.
+template <class T>
+bool worth_apart(const Product<T>& a, int threads) {
+  return threads > 1 && a.tokens >= MANY * threads && a.b1 * CHUNK * a.r <= OWN;
+}
+
+template <class T, class Multiply>
+void apart(const Product<T>& a, int threads, const Multiply& multiply) {
+  in_parallel(threads, [&](int thread, int threads, auto) {
+    Range tokens = share(a.tokens, MAX_ROWS, thread, threads);
+    Product<T> part = a;
+    part.tokens = tokens.to - tokens.from;
+    part.x += tokens.from * a.in_features, part.y += tokens.from * a.out_features;
+    if (part.tokens) multiply(part);
+  });
+}
+
 template <class T, class Factors>
 void many_tokens(const Product<T>& a, const Factors& factors, int threads) {
+  if (worth_apart(a, threads))
+    return apart(a, threads, [&](const Product<T>& part) { many_tokens(part, factors, 1); });
   long chunk = even_chunk(a.tokens);
   long ldw = row_stride((a.r + PANEL - 1) / PANEL * PANEL), ldq = row_stride(a.q);
   long tile = std::clamp(CACHE / (a.b2 * chunk) / PANEL, 1L, 32L) * PANEL;
   size_t x_size = chunk * a.b2 * ldq, w_size = a.b1 * chunk * ldw;
   size_t z_size = a.b2 * chunk * tile, out_size = chunk * ROW_TILE;
-  size_t panel_size = std::max({DEPTH * ROW_TILE, 32 * tile, a.b1 * a.b2 * PANEL});
+  size_t panel_size = std::max({DEPTH * ROW_TILE, DEPTH * tile, a.b1 * a.b2 * PANEL});
   size_t own = z_size + out_size + panel_size;
   float* x = scratch(x_size + w_size + threads * own);
   float *w = x + x_size, *rest = w + w_size;

@@ -2,8 +2,9 @@
 //
 // C (tokens x columns) = A (tokens x depth) B (depth x columns), float32 throughout: B is packed
 // into panels of PANEL columns, contiguous along the depth; A is row-major. A micro-kernel keeps
-// ROWS x 2 vectors of C in registers (Goto and van de Geijn 2008). Every element of C is one chain
-// of fused multiply-adds in the order of the depth, whatever the blocking and the thread count.
+// ROWS x 2 vectors of C in registers (Goto and van de Geijn 2008). Every element of C is a sum,
+// in order, of chains of fused multiply-adds as long as the blocks of depth; these do not depend on
+// the number of threads, and keep the error smaller than one long chain would.
 #pragma once
 
 #include <algorithm>
@@ -16,11 +17,10 @@ constexpr int DEPTH = 256;  // of a panel: PANEL * DEPTH floats stay in the firs
 template <int ROWS, int VECS>
 inline void micro(int depth, const float* __restrict a, long lda, const float* __restrict panel,
                   float* __restrict c, long ldc, bool accumulate) {
-  Vec acc[ROWS][VECS];
+  Vec acc[ROWS][VECS] = {};
+  // The rows that the next call reads are asked for meanwhile.
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECS; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * W) : Vec{};
+  for (int i = 0; i < ROWS; ++i) __builtin_prefetch(a + (ROWS + i) * lda);
   for (int k = 0; k < depth; ++k) {
     Vec b[VECS];
 #pragma GCC unroll 2
@@ -35,7 +35,10 @@ inline void micro(int depth, const float* __restrict a, long lda, const float* _
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECS; ++v) store(c + i * ldc + v * W, acc[i][v]);
+    for (int v = 0; v < VECS; ++v) {
+      float* to = c + i * ldc + v * W;
+      store(to, accumulate ? load(to) + acc[i][v] : acc[i][v]);
+    }
 }
 
 template <int VECS, int ROWS = MAX_ROWS>
