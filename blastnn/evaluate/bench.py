@@ -30,7 +30,7 @@ FORMAT = "blastnn bench 1"
 PROTOCOL = (
     "both models in turn, {rounds} counted rounds behind a check of the logits against the plain "
     "model and one round of warming up; medians; static cache of the prompt and the new tokens, "
-    "greedy, logits of the last position only; prefill eager, step {how}; random prompts of equal "
+    "greedy, logits of the last position only; prefill and step {how}; random prompts of equal "
     "length; a decoding run is {new_tokens} steps"
 )
 Say = Callable[[str], None]

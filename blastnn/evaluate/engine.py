@@ -30,27 +30,79 @@ COMPILE_OPTIONS: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * l
 Choose = Callable[[Tensor], Tensor]  # logits (B, C) -> next token (B, 1)
 
 
+class Forward:
+    """The model as a function of ids, compiled for the first shape that it sees if that is wanted.
+
+    Attributes:
+        seconds: what compiling took; None where nothing was compiled.
+        fallback: why it runs eagerly although it should have been compiled; None if it does not.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: StaticCache, compiled: bool) -> None:
+        self.seconds: float | None = None
+        self.fallback: str | None = None
+        self._eager = _make_step(model, cache)
+        self._compiled: Step | None = None
+        self._shape: torch.Size | None = None
+        self._untried = compiled
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Compiled code guards nothing, so other shapes than its own run eagerly."""
+        if self._untried:
+            return self._compile(ids)
+        if self._compiled is not None and ids.shape == self._shape:
+            return self._compiled(ids)
+        return self._eager(ids)
+
+    def _compile(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The first call: compiles, or notes why that cannot be and goes on eagerly."""
+        self._untried, start = False, time.perf_counter()
+        try:
+            compiled: Step = torch.compile(
+                self._eager, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS
+            )
+            answer = compiled(ids)
+        except RuntimeError as error:  # what torch raises for an unsupported graph or no compiler
+            self.fallback = _first_line(error)
+            return self._eager(ids)
+        self._compiled, self._shape = compiled, ids.shape
+        self.seconds = time.perf_counter() - start
+        return answer
+
+
 class Engine:
     """A model with a cache for ``length`` tokens; made by ``open_engine``.
 
     Attributes:
         attention: the name of the attention in use.
         batch: how many sequences the cache holds; None before the first prefill.
-        compile_seconds: what compiling took; None where nothing was compiled.
-        fallback: why the step runs eagerly although it should have been compiled; None if it does
-            not.
     """
 
-    def __init__(self, model: PreTrainedModel, length: int, compiled: bool, attention: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        length: int,
+        attention: str,
+        compiled: bool,
+        compiled_prefill: bool,
+    ) -> None:
         check_length(model, length)
         self.model, self.length, self.attention = model, length, attention
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         self.batch: int | None = None
-        self.compile_seconds: float | None = None
-        self.fallback: str | None = None
-        self._eager = _make_step(model, self.cache)
-        self._step = self._eager
-        self._untried = compiled
+        self._prefill = Forward(model, self.cache, compiled_prefill)
+        self._step = Forward(model, self.cache, compiled)
+
+    @property
+    def compile_seconds(self) -> float | None:
+        """What compiling took; None where nothing was compiled."""
+        spent = [f.seconds for f in (self._prefill, self._step) if f.seconds is not None]
+        return sum(spent) if spent else None
+
+    @property
+    def fallback(self) -> str | None:
+        """Why something runs eagerly although it should have been compiled; None if all is well."""
+        return self._step.fallback or self._prefill.fallback
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,14 +113,12 @@ class Engine:
             raise ModelError(
                 f"this engine holds {self.batch} sequences, not {len(ids)}; open another one"
             )
-        return self._eager(ids)
+        return self._prefill(ids)
 
     @torch.inference_mode()
     def step(self, token: Tensor) -> tuple[Tensor, Tensor]:
         """One token of every sequence, ``(B, 1)``: the next one, and the logits ``(B, C)``."""
-        if self._untried:
-            return self._compile(token)
-        assert token.shape == (self.batch, 1), "a compiled step takes the batch of its prefill"
+        assert token.shape == (self.batch, 1), "a step takes the batch of its prefill"
         return self._step(token)
 
     def tokens(self, ids: Tensor, count: int, choose: Choose | None = None) -> Iterator[Tensor]:
@@ -80,32 +130,22 @@ class Engine:
             if made + 1 < count:
                 token, logits = self.step(chosen)
 
-    def _compile(self, token: Tensor) -> tuple[Tensor, Tensor]:
-        """The first step: compiles it, or notes why it cannot be and goes on eagerly."""
-        self._untried, start = False, time.perf_counter()
-        try:
-            compiled: Step = torch.compile(
-                self._eager, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS
-            )
-            answer = compiled(token)
-        except RuntimeError as error:  # what torch raises for an unsupported graph or no compiler
-            self.fallback = _first_line(error)
-            return self._eager(token)
-        self._step, self.compile_seconds = compiled, time.perf_counter() - start
-        return answer
-
 
 @contextmanager
-def open_engine(model: PreTrainedModel, length: int, compiled: bool = False) -> Iterator[Engine]:
+def open_engine(
+    model: PreTrainedModel, length: int, compiled: bool = False, compiled_prefill: bool = False
+) -> Iterator[Engine]:
     """An engine for prompts and new tokens of together ``length`` tokens.
 
-    The model computes attention in the engine's way while the context is open.
+    ``compiled`` compiles the step, ``compiled_prefill`` the reading of prompts, for the shape of
+    the first one; each takes about a minute for a model of 30 layers. The model computes attention
+    in the engine's way while the context is open.
 
     Raises:
         ModelError: the model was made for fewer positions.
     """
     with static_attention(model) as attention:
-        yield Engine(model, length, compiled, attention)
+        yield Engine(model, length, attention, compiled, compiled_prefill)
 
 
 def check_length(model: PreTrainedModel, length: int) -> None:

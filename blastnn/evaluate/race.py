@@ -97,7 +97,7 @@ def _open(
         for name, model in models.items():
             steps = min(CHECKED_STEPS, new_tokens)
             expected = plain_logits(model, ids, steps)
-            engine = stack.enter_context(open_engine(model, length, compiled))
+            engine = stack.enter_context(open_engine(model, length, compiled, compiled))
             racers[name] = Racer(engine, check(name, engine, ids, expected))
         yield racers
 

@@ -7,8 +7,9 @@ Every element is summed in one order, whatever the number of threads: equal bits
 
 ``torch.ops.blastnn.blast(x, U, S, V, out_features)``: ``x (..., n)``, ``U (b1, p, r)``,
 ``S (b1, b2, r)`` or None for couplings of 1, ``V (b2, q, r)``, to ``(..., m)``. An ordinary
-operator to ``torch.compile``, ``torch.export`` and autograd; its gradients are plain PyTorch. Block
-low-rank matrices that are trained are multiplied in plain PyTorch altogether.
+operator to ``torch.compile`` and autograd; its gradients are plain PyTorch. ``blast_into`` and its
+like write into given memory and have none. Block low-rank matrices that are trained are multiplied
+in plain PyTorch altogether.
 """
 
 from __future__ import annotations
@@ -49,15 +50,18 @@ def matmul(spec: Structure, x: Tensor, factors: Factors) -> Tensor:
     trained = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in (x, U, S, V)
     )
-    if isinstance(spec, BlockLowRank) and trained:
-        return spec.matmul(x, factors)
-    y: Tensor
+    if isinstance(spec, LowRank):
+        U, V = U.unsqueeze(0), V.unsqueeze(0)
+    if trained:
+        if isinstance(spec, BlockLowRank):
+            return spec.matmul(x, factors)
+        product: Tensor = ops.blast(x, U, S, V, spec.out_features)
+        return product
+    y = x.new_empty((*x.shape[:-1], spec.out_features))
     if isinstance(spec, BlockLowRank):
-        y = ops.blocks_inference(x, U, V, spec.out_features, isinstance(spec, Monarch))
+        ops.blocks_into(x, U, V, isinstance(spec, Monarch), y)
     else:
-        if isinstance(spec, LowRank):
-            U, V = U.unsqueeze(0), V.unsqueeze(0)
-        y = (ops.blast if trained else ops.blast_inference)(x, U, S, V, spec.out_features)
+        ops.blast_into(x, U, S, V, y)
     return y
 
 
@@ -78,17 +82,9 @@ def quantized_matmul(
     U, U_scale, V, V_scale = (factors[name] for name in names)
     if isinstance(spec, LowRank):
         U, U_scale, V, V_scale = (f.unsqueeze(0) for f in (U, U_scale, V, V_scale))
-    y: Tensor = torch.ops.blastnn.blast_quantized(
-        x,
-        U,
-        U_scale,
-        factors.get("S"),
-        V,
-        V_scale,
-        spec.out_features,
-        quantization.bits,
-        quantization.group,
-    )
+    y = x.new_empty((*x.shape[:-1], spec.out_features))
+    bits, group = quantization.bits, quantization.group
+    torch.ops.blastnn.quantized_into(x, U, U_scale, factors.get("S"), V, V_scale, bits, group, y)
     return y
 
 
@@ -108,10 +104,9 @@ def _failure() -> str | None:
 @cache
 def _register() -> None:
     """Tell PyTorch the shapes of what comes out, and the gradients."""
-    for name in ("blast", "blast_inference"):
-        torch.library.register_fake(f"blastnn::{name}", _shape)
-    torch.library.register_fake("blastnn::blocks_inference", _shape_of_blocks)
-    torch.library.register_fake("blastnn::blast_quantized", _shape_of_quantized)
+    torch.library.register_fake("blastnn::blast", _shape)
+    for name in ("blast_into", "blocks_into", "quantized_into"):
+        torch.library.register_fake(f"blastnn::{name}", _nothing)
     torch.library.register_autograd("blastnn::blast", _backward, setup_context=_save)
 
 
@@ -119,22 +114,8 @@ def _shape(x: Tensor, U: Tensor, S: Tensor | None, V: Tensor, out_features: int)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _shape_of_blocks(x: Tensor, U: Tensor, V: Tensor, out_features: int, strided: bool) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _shape_of_quantized(
-    x: Tensor,
-    U: Tensor,
-    U_scale: Tensor,
-    S: Tensor | None,
-    V: Tensor,
-    V_scale: Tensor,
-    out_features: int,
-    bits: int,
-    group: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+def _nothing(*_: Any) -> None:
+    """What an operator returns that writes into its last argument."""
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -61,34 +61,34 @@ Product<T> product_of(const at::Tensor& x, const at::Tensor& U, const at::Tensor
   return a;
 }
 
-at::Tensor output(const at::Tensor& x, int64_t out_features) {
-  auto shape = x.sizes().vec();
-  shape.back() = out_features;
-  return at::empty(shape, x.options());
-}
-
 // run(T) for the type that the numbers have.
 template <class Run>
 void by_type(const at::Tensor& x, const Run& run) {
   x.scalar_type() == at::kFloat ? run(float{}) : run(BFloat16{});
 }
 
-// x (..., n), U (b1, p, r), S (b1, b2, r) or none, V (b2, q, r) -> (..., m).
-at::Tensor blast(const at::Tensor& x, const at::Tensor& U, const std::optional<at::Tensor>& S,
-                 const at::Tensor& V, int64_t out_features) {
-  bool fits = x.dim() && U.dim() == 3 && V.dim() == 3 && x.size(-1) <= V.size(0) * V.size(1) &&
-              out_features <= U.size(0) * U.size(1) && U.size(2) == V.size(2);
+// Whether y (..., m) can take the rows of x (..., n).
+bool is_output(const at::Tensor& y, const at::Tensor& x) {
+  return x.dim() && y.dim() == x.dim() && y.is_contiguous() &&
+         y.scalar_type() == x.scalar_type() && y.sizes().slice(0, y.dim() - 1) ==
+         x.sizes().slice(0, x.dim() - 1);
+}
+
+// x (..., n), U (b1, p, r), S (b1, b2, r) or none, V (b2, q, r) into y (..., m).
+void blast_into(const at::Tensor& x, const at::Tensor& U, const std::optional<at::Tensor>& S,
+                const at::Tensor& V, at::Tensor& y) {
+  bool fits = is_output(y, x) && U.dim() == 3 && V.dim() == 3 && x.size(-1) <= V.size(0) * V.size(1) &&
+              y.size(-1) <= U.size(0) * U.size(1) && U.size(2) == V.size(2);
   if (fits && S) fits = S->sizes() == at::IntArrayRef{U.size(0), V.size(0), U.size(2)};
   TORCH_CHECK(fits, "blastnn::blast: the input and the factors do not fit together");
-  at::Tensor y = output(x, out_features), xs = x.contiguous(), us = U.contiguous(),
-             vs = V.contiguous(), ss = S ? S->contiguous() : at::Tensor();
+  at::Tensor xs = x.contiguous(), us = U.contiguous(), vs = V.contiguous(),
+             ss = S ? S->contiguous() : at::Tensor();
   by_type(x, [&](auto number) {
     auto a = product_of<decltype(number)>(xs, us, vs, y);
     a.b1 = U.size(0), a.b2 = V.size(0);
     a.S = S ? pointer<decltype(number)>(ss) : nullptr;
     run(a, PlainFactors<decltype(number)>{a});
   });
-  return y;
 }
 
 template <int BITS, class T>
@@ -103,12 +103,11 @@ void run_quantized(const Product<T>& a, const at::Tensor& U, const at::Tensor& U
 
 // The same with U (b1, p, r) and V (b2, q, r) of whole numbers, two to a byte where `bits` is 4,
 // and their scales (b1, ceil(p / group), r) and (b2, ceil(q / group), r).
-at::Tensor blast_quantized(const at::Tensor& x, const at::Tensor& U, const at::Tensor& U_scale,
-                           const std::optional<at::Tensor>& S, const at::Tensor& V,
-                           const at::Tensor& V_scale, int64_t out_features, int64_t bits,
-                           int64_t group) {
-  bool fits = x.dim() && U.dim() == 3 && V.dim() == 3 && U_scale.dim() == 3 && V_scale.dim() == 3 &&
-              x.size(-1) <= V.size(0) * V.size(1) && out_features <= U.size(0) * U.size(1) &&
+void quantized_into(const at::Tensor& x, const at::Tensor& U, const at::Tensor& U_scale,
+                    const std::optional<at::Tensor>& S, const at::Tensor& V,
+                    const at::Tensor& V_scale, int64_t bits, int64_t group, at::Tensor& y) {
+  bool fits = is_output(y, x) && U.dim() == 3 && V.dim() == 3 && U_scale.dim() == 3 && V_scale.dim() == 3 &&
+              x.size(-1) <= V.size(0) * V.size(1) && y.size(-1) <= U.size(0) * U.size(1) &&
               U.size(2) == V.size(2) && (bits == 8 || bits == 4) && group > 0;
   if (fits) {
     int64_t r = U_scale.size(2), stored = (r * bits + 7) / 8;
@@ -118,9 +117,9 @@ at::Tensor blast_quantized(const at::Tensor& x, const at::Tensor& U, const at::T
     fits = U.size(2) == stored && U_scale.sizes() == scales(U) && V_scale.sizes() == scales(V);
     if (S) fits = fits && S->sizes() == at::IntArrayRef{U.size(0), V.size(0), r};
   }
-  TORCH_CHECK(fits, "blastnn::blast_quantized: the input and the factors do not fit together");
-  at::Tensor y = output(x, out_features), xs = x.contiguous(), us = U.contiguous(),
-             vs = V.contiguous(), ss = S ? S->contiguous() : at::Tensor();
+  TORCH_CHECK(fits, "blastnn::quantized_into: the input and the factors do not fit together");
+  at::Tensor xs = x.contiguous(), us = U.contiguous(), vs = V.contiguous(),
+             ss = S ? S->contiguous() : at::Tensor();
   at::Tensor u_scale = U_scale.contiguous(), v_scale = V_scale.contiguous();
   by_type(x, [&](auto number) {
     auto a = product_of<decltype(number)>(xs, us, vs, y);
@@ -129,43 +128,50 @@ at::Tensor blast_quantized(const at::Tensor& x, const at::Tensor& U, const at::T
     bits == 8 ? run_quantized<8>(a, us, u_scale, vs, v_scale, group)
               : run_quantized<4>(a, us, u_scale, vs, v_scale, group);
   });
-  return y;
 }
 
-// x (..., n), U (b1, b2, p, t), V (b1, b2, q, t) -> (..., m); strided rows are Monarch's.
-at::Tensor blocks(const at::Tensor& x, const at::Tensor& U, const at::Tensor& V,
-                  int64_t out_features, bool strided) {
-  bool fits = x.dim() && U.dim() == 4 && V.dim() == 4 && x.size(-1) <= V.size(1) * V.size(2) &&
-              out_features <= U.size(0) * U.size(2) && U.size(3) == V.size(3) &&
+// x (..., n), U (b1, b2, p, t), V (b1, b2, q, t) into y (..., m); strided rows are Monarch's.
+void blocks_into(const at::Tensor& x, const at::Tensor& U, const at::Tensor& V, bool strided,
+                 at::Tensor& y) {
+  bool fits = is_output(y, x) && U.dim() == 4 && V.dim() == 4 && x.size(-1) <= V.size(1) * V.size(2) &&
+              y.size(-1) <= U.size(0) * U.size(2) && U.size(3) == V.size(3) &&
               U.size(0) == V.size(0) && U.size(1) == V.size(1);
-  TORCH_CHECK(fits, "blastnn::blocks: the input and the factors do not fit together");
-  at::Tensor y = output(x, out_features), xs = x.contiguous(), us = U.contiguous(),
-             vs = V.contiguous();
+  TORCH_CHECK(fits, "blastnn::blocks_into: the input and the factors do not fit together");
+  at::Tensor xs = x.contiguous(), us = U.contiguous(), vs = V.contiguous();
   by_type(x, [&](auto number) {
     auto a = product_of<decltype(number)>(xs, us, vs, y);
     a.b1 = U.size(0), a.b2 = U.size(1);
     run_blocks(a, strided);
   });
+}
+
+// The same as an ordinary function, for autograd.
+at::Tensor blast(const at::Tensor& x, const at::Tensor& U, const std::optional<at::Tensor>& S,
+                 const at::Tensor& V, int64_t out_features) {
+  TORCH_CHECK(x.dim(), "blastnn::blast: the input has no dimension");
+  auto shape = x.sizes().vec();
+  shape.back() = out_features;
+  at::Tensor y = at::empty(shape, x.options());
+  blast_into(x, U, S, V, y);
   return y;
 }
 
 }  // namespace
 
-// Twice the same: `blast` gets its gradients in Python, which costs microseconds a call even where
-// nobody wants any; `blast_inference` has none. Nor has `blocks_inference`: trained blocks take the
-// plain product.
+// `blast` gets its gradients in Python, which costs microseconds a call even where nobody wants any.
+// The others have none, and write into memory that the caller has: a compiled model uses it again.
 TORCH_LIBRARY(blastnn, library) {
   library.def("blast(Tensor x, Tensor U, Tensor? S, Tensor V, int out_features) -> Tensor");
-  library.def("blocks_inference(Tensor x, Tensor U, Tensor V, int out_features, bool strided) -> Tensor");
+  library.def("blast_into(Tensor x, Tensor U, Tensor? S, Tensor V, Tensor(a!) y) -> ()");
+  library.def("blocks_into(Tensor x, Tensor U, Tensor V, bool strided, Tensor(a!) y) -> ()");
   library.def(
-      "blast_quantized(Tensor x, Tensor U, Tensor U_scale, Tensor? S, Tensor V, Tensor V_scale, "
-      "int out_features, int bits, int group) -> Tensor");
-  library.def("blast_inference(Tensor x, Tensor U, Tensor? S, Tensor V, int out_features) -> Tensor");
+      "quantized_into(Tensor x, Tensor U, Tensor U_scale, Tensor? S, Tensor V, Tensor V_scale, "
+      "int bits, int group, Tensor(a!) y) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
   library.impl("blast", &blast);
-  library.impl("blast_inference", &blast);
-  library.impl("blocks_inference", &blocks);
-  library.impl("blast_quantized", &blast_quantized);
+  library.impl("blast_into", &blast_into);
+  library.impl("blocks_into", &blocks_into);
+  library.impl("quantized_into", &quantized_into);
 }
