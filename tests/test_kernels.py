@@ -73,7 +73,8 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(kernel, spec, dtype):
         y = kernel.matmul(spec, x, factors)
         assert (y.shape, y.dtype) == (exact.shape, dtype)
         one = error(y, exact)
-        assert one <= 4 * error(spec.matmul(x, factors), exact) + 1e-8, tokens
+        # One draw may flatter plain PyTorch by chance; what counts is the sum over all of them.
+        assert one <= 4 * error(spec.matmul(x, factors), exact) + torch.finfo(dtype).eps, tokens
         mine += one**2
         plain += error(spec.matmul(x, factors), exact) ** 2
     assert mine**0.5 <= 2 * plain**0.5

@@ -86,24 +86,24 @@ void many_tokens_of_blocks(const Product<T>& a, bool strided, int threads) {
     return apart(a, threads,
                  [&](const Product<T>& part) { many_tokens_of_blocks(part, strided, 1); });
   long chunk = even_chunk(a.tokens), wide = (a.r + W - 1) / W * W;
-  long ldz = row_stride(a.b2 * wide), ldq = row_stride(a.q);
-  size_t x_size = chunk * a.b2 * ldq, z_size = a.b1 * chunk * ldz + PANEL;
+  long ldz = row_stride(a.b2 * wide);
+  size_t x_size = chunk * a.b2 * row_stride(a.q), z_size = a.b1 * chunk * ldz + PANEL;
   size_t out_size = chunk * ROW_TILE, panel_size = 2 * DEPTH * (whole_lines(a.r) + 2 * PANEL);
-  float* x = scratch(x_size + z_size + threads * (out_size + panel_size));
-  float *z = x + x_size, *rest = z + z_size;
+  float* copy = scratch(x_size + z_size + threads * (out_size + panel_size));
+  float *z = copy + x_size, *rest = z + z_size;
   in_parallel(threads, [&](int thread, int threads, auto barrier) {
     float *out = rest + thread * (out_size + panel_size), *panels = out + out_size;
     long units = a.b1 * ((a.p + PANEL - 1) / PANEL);
     for (long first = 0; first < a.tokens; first += chunk) {
       long tokens = std::min(chunk, a.tokens - first);
-      split_columns(a, first, tokens, share(tokens, 1, thread, threads), x, ldq);
+      Inputs x = inputs_of(a, first, tokens, thread, threads, copy);
       barrier();
       Range blocks = share(a.b1 * a.b2, 1, thread, threads);
       for (long ij = blocks.from; ij < blocks.to; ++ij)
         for (long k = 0; k < a.q; k += DEPTH) {
           long i = ij / a.b2, j = ij % a.b2, depth = std::min(long(DEPTH), a.q - k);
           pack(depth, a.r, a.V + (ij * a.q + k) * a.r, a.r, panels);
-          multiply(tokens, a.r, depth, x + j * tokens * ldq + k, ldq, panels,
+          multiply(tokens, a.r, depth, x.first + j * x.next + k, x.stride, panels,
                    z + i * tokens * ldz + j * wide, ldz, k > 0);
         }
       barrier();

@@ -5,6 +5,8 @@
 // rows, y_i = U_i w_i. No tensor of b1 b2 T r numbers, and every weight is packed once a chunk.
 #pragma once
 
+#include <type_traits>
+
 #include "panel.h"
 #include "product.h"
 
@@ -77,42 +79,63 @@ void couple_tile(const Product<T>& a, long tokens, Range rank, const float* z, l
   }
 }
 
-// z_j for all j, then w, over the columns `rank`; x is (b2, tokens, ldq).
+// Input tokens in float32, cut at block columns: column j of token t at first + j next + t stride.
+struct Inputs {
+  const float* first;
+  long next, stride;
+};
+
+// The inputs of tokens [first, first + count), shared out to `threads`, copied to `to` in a better
+// layout; float32 inputs whose rows do not meet in one cache set are read where they are.
+template <class T>
+Inputs inputs_of(const Product<T>& a, long first, long count, int thread, int threads, float* to) {
+  if constexpr (std::is_same_v<T, float>)
+    if (a.in_features == a.b2 * a.q && a.in_features % 512)
+      return {a.x + first * a.in_features, a.q, a.in_features};
+  long stride = row_stride(a.q);
+  split_columns(a, first, count, share(count, 1, thread, threads), to, stride);
+  return {to, count * stride, stride};
+}
+
+// z_j for all j, then w, over the columns `rank`.
 template <class T, class Factors>
-void right_and_couple_tile(const Product<T>& a, const Factors& factors, long tokens, Range rank, const float* x, long ldq,
-                           float* z, float* panels, float* w, long ldw) {
+void right_and_couple_tile(const Product<T>& a, const Factors& factors, long tokens, Range rank,
+                           const Inputs& x, float* z, float* panels, float* w, long ldw) {
   long width = rank.to - rank.from, ldz = (width + PANEL - 1) / PANEL * PANEL;
   for (long j = 0; j < a.b2; ++j)
     for (long k = 0; k < a.q; k += DEPTH) {
       long rows = std::min(long(DEPTH), a.q - k);
       factors.pack_right(j, k, rows, rank, panels);
-      multiply(tokens, width, rows, x + j * tokens * ldq + k, ldq, panels, z + j * tokens * ldz, ldz,
-               k > 0);
+      multiply(tokens, width, rows, x.first + j * x.next + k, x.stride, panels,
+               z + j * tokens * ldz, ldz, k > 0);
     }
   if (a.S) return couple_tile(a, tokens, rank, z, ldz, w, ldw, panels);
   for (long t = 0; t < tokens; ++t)
     std::copy(z + t * ldz, z + t * ldz + width, w + t * ldw + rank.from);
 }
 
-// y_i = U_i w_i for `count` rows of block row i from row `row` of it on.
+// y_i = U_i w_i for `count` rows of block row i from row `row` of it on. Whole vectors of float32
+// go straight into y; what is left of a block, or must be rounded, by way of `out`.
 template <class T, class Factors>
-void left_tile(const Product<T>& a, const Factors& factors, long first, long tokens, long i, long row, long count,
-               const float* w, long ldw, float* panels, float* out) {
+void left_tile(const Product<T>& a, const Factors& factors, long first, long tokens, long i,
+               long row, long count, const float* w, long ldw, float* panels, float* out) {
+  long shown = std::min(count, a.out_features - (i * a.p + row));
+  T* y = a.y + first * a.out_features + i * a.p + row;
+  bool straight = std::is_same_v<T, float> && shown == count && count % W == 0;
+  float* to = straight ? reinterpret_cast<float*>(y) : out;
+  long stride = straight ? a.out_features : ROW_TILE;
   for (long k = 0; k < a.r; k += DEPTH) {
     long depth = std::min(long(DEPTH), a.r - k);
     factors.pack_left(i, row, count, k, depth, panels);
-    multiply(tokens, count, depth, w + i * tokens * ldw + k, ldw, panels, out, ROW_TILE, k > 0);
+    multiply(tokens, count, depth, w + i * tokens * ldw + k, ldw, panels, to, stride, k > 0);
   }
-  long shown = std::min(count, a.out_features - (i * a.p + row));
-  for (long t = 0; t < tokens; ++t) {
-    T* y = a.y + (first + t) * a.out_features + i * a.p + row;
-    for (long c = 0; c < shown; ++c) put(y + c, out[t * ROW_TILE + c]);
-  }
+  for (long t = 0; !straight && t < tokens; ++t)
+    for (long c = 0; c < shown; ++c) put(y + t * a.out_features + c, out[t * ROW_TILE + c]);
 }
 
 template <class T, class Factors>
-void left_panels(const Product<T>& a, const Factors& factors, long first, long tokens, Range panels_of_all, const float* w,
-                 long ldw, float* panels, float* out) {
+void left_panels(const Product<T>& a, const Factors& factors, long first, long tokens,
+                 Range panels_of_all, const float* w, long ldw, float* panels, float* out) {
   long per_block = (a.p + PANEL - 1) / PANEL;
   for (long unit = panels_of_all.from; unit < panels_of_all.to;) {
     long i = unit / per_block, panel = unit % per_block;
@@ -152,24 +175,24 @@ void many_tokens(const Product<T>& a, const Factors& factors, int threads) {
   if (worth_apart(a, threads))
     return apart(a, threads, [&](const Product<T>& part) { many_tokens(part, factors, 1); });
   long chunk = even_chunk(a.tokens);
-  long ldw = row_stride((a.r + PANEL - 1) / PANEL * PANEL), ldq = row_stride(a.q);
+  long ldw = row_stride((a.r + PANEL - 1) / PANEL * PANEL);
   long tile = std::clamp(CACHE / (a.b2 * chunk) / PANEL, 1L, 32L) * PANEL;
-  size_t x_size = chunk * a.b2 * ldq, w_size = a.b1 * chunk * ldw;
+  size_t x_size = chunk * a.b2 * row_stride(a.q), w_size = a.b1 * chunk * ldw;
   size_t z_size = a.b2 * chunk * tile, out_size = chunk * ROW_TILE;
   size_t panel_size = std::max({DEPTH * ROW_TILE, DEPTH * tile, a.b1 * a.b2 * PANEL});
   size_t own = z_size + out_size + panel_size;
-  float* x = scratch(x_size + w_size + threads * own);
-  float *w = x + x_size, *rest = w + w_size;
+  float* copy = scratch(x_size + w_size + threads * own);
+  float *w = copy + x_size, *rest = w + w_size;
   in_parallel(threads, [&](int thread, int threads, auto barrier) {
     float *z = rest + thread * own, *out = z + z_size, *panels = out + out_size;
     long units = a.b1 * ((a.p + PANEL - 1) / PANEL);
     for (long first = 0; first < a.tokens; first += chunk) {
       long tokens = std::min(chunk, a.tokens - first);
-      split_columns(a, first, tokens, share(tokens, 1, thread, threads), x, ldq);
+      Inputs x = inputs_of(a, first, tokens, thread, threads, copy);
       barrier();
       Range rank = share(a.r, PANEL, thread, threads);
       for (long c = rank.from; c < rank.to; c += tile)
-        right_and_couple_tile(a, factors, tokens, {c, std::min(c + tile, rank.to)}, x, ldq, z, panels, w,
+        right_and_couple_tile(a, factors, tokens, {c, std::min(c + tile, rank.to)}, x, z, panels, w,
                               ldw);
       barrier();
       left_panels(a, factors, first, tokens, share(units, 1, thread, threads), w, ldw, panels, out);
