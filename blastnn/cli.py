@@ -206,6 +206,27 @@ def export(
 
 
 @app.command()
+def kernels(
+    folder: Annotated[Path, typer.Argument(help="compressed model folder")],
+    measure: Annotated[bool, typer.Option("--measure", help="time every kernel beside dense")] = (
+        False
+    ),
+    save: Annotated[
+        bool, typer.Option("--save", help="measure, and keep the choice in the folder")
+    ] = False,
+    tokens: Annotated[list[int] | None, typer.Option(help="to measure; repeatable")] = None,
+    dtype: Annotated[str, typer.Option(help="of the inputs")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Which kernel multiplies each kind of layer on this machine, why, and how fast it is."""
+    from blastnn.display import print_kernels
+    from blastnn.evaluate.score import explain_kernels
+
+    numbers = (tokens or [1, 16, 256]) if measure or save else []
+    print_kernels(explain_kernels(folder, dtype, numbers, save), as_json)
+
+
+@app.command()
 def solvers(as_json: Json = False) -> None:
     """Which solver each structure gets from solver=auto, and which others fit it."""
     from blastnn.display import print_solvers

@@ -18,7 +18,7 @@ from blastnn.compress.job import Job, Progress
 from blastnn.compress.memory_use import anonymous_bytes
 from blastnn.compress.plan import LayerPlan, Plan
 from blastnn.factorize import SOLVERS, automatic_table, explain_solver
-from blastnn.structures import STRUCTURES
+from blastnn.structures import STRUCTURES, spec_from_json
 
 COLUMNS = ("layer", "shape", "rank", "error", "seconds", "memory", "time left")
 SHOWN_ROWS = 14
@@ -318,6 +318,25 @@ def print_export(result: dict[str, Any], as_json: bool) -> None:
             line += f"; {name} {1e3 * seconds['against']:.1f} ms ({speed[phase]['ratio']:.2f}x)"
         print(line)
     print(f"{speed['protocol']}, {speed['threads']} threads")
+
+
+def print_kernels(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """For each kind of layer the kernel that serves it, why, and how fast it is beside dense."""
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        spec = spec_from_json(row["spec"])
+        bits = f", {row['quantized']['bits']} bits" if row["quantized"] else ""
+        print(f"{spec}{bits}: {row['layers']} layers, {row['dtype']} on {row['device']}")
+        for name, reason in row["passed_over"].items():
+            print(f"  not {name}: {reason}")
+        expected = row["predicted_speedup"]
+        told = "" if expected is None else f"; expected to be {expected:.2f} times as fast as dense"
+        print(f"  {row['kernel']}{told if row['kernel'] == 'native' and not bits else ''}")
+        for tokens, found in row["measured"].items():
+            speeds = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found.items())
+            print(f"    {tokens} tokens: {speeds} of dense's speed")
 
 
 def print_solvers(as_json: bool) -> None:

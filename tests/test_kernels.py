@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from blastnn.errors import StructureError
-from blastnn.kernels import TABLE, choose, dispatch, native, reference
+from blastnn.errors import CheckpointError, StructureError
+from blastnn.kernels import (
+    TABLE,
+    choose,
+    dispatch,
+    explain,
+    fix_choices,
+    native,
+    predicted_speedup,
+    reference,
+    winners,
+)
 from blastnn.kernels.build import BuildError, find_compiler
 from blastnn.linear import StructuredLinear
 from blastnn.quantization import QUANTIZATIONS, dequantize_factors, quantize_factors
@@ -255,3 +265,30 @@ def test_quantised_factors_are_multiplied_as_they_are_stored(spec, name, dtype):
         exact = x.double() @ spec.to_dense(plain).T
         mine = error(native.quantized_matmul(spec, how, x, stored), exact)
         assert mine <= 2 * error(reference.quantized_matmul(spec, how, x, stored), exact) + 1e-7
+
+
+def test_a_measured_choice_is_kept_with_the_model_and_made_again(forgetful, caplog):
+    forgetful.setattr(dispatch, "_preferred", {})
+    spec = SPECS[4]
+    (row,) = explain([(spec, None)] * 3, tokens=[1, 5])
+    assert (row["layers"], row["kernel"], set(row["measured"])) == (3, "native", {"1", "5"})
+    row["measured"] = {"1": {"native": 1.5, "reference": 1.1}, "5": {"native": 0.9, "reference": 1}}
+    found = winners([row])
+    assert [choice["kernel"] for choice in found["choices"]] == ["reference"]
+    assert fix_choices({**found, "machine": {"processor": "another"}}) is not None
+    assert choose(spec, "cpu", torch.float32).name == "native"
+    assert fix_choices(found) is None
+    choice = choose(spec, "cpu", torch.float32)
+    assert choice.name == "reference"
+    assert choice.passed_over == {"native": "reference was measured to be faster"}
+    with pytest.raises(CheckpointError, match="format"):
+        fix_choices({"format": "other"})
+    with pytest.raises(StructureError, match="serve"):
+        dispatch.prefer(spec, "cpu", torch.float32, "triton")
+
+
+def test_what_cannot_be_faster_is_told_to_the_planner():
+    assert predicted_speedup(Blast.for_budget(4096, 4096, 2**23, blocks=16)) > 1.6
+    assert predicted_speedup(Blast.for_budget(512, 512, int(0.97 * 2**18), blocks=8)) < 1
+    assert predicted_speedup(Blast(16, 16, rank=2, blocks=(2, 2))) is None  # too small to matter
+    assert predicted_speedup(STRUCTURES["gblr"].for_budget(512, 512, 2**17)) is None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -22,7 +23,15 @@ from transformers import (
 )
 
 from blastnn.compress.options import PRESETS, Options
-from blastnn.compress.plan import OUTSIDE, UNTARGETED, Plan, count_params, make_plan, plan_from_file
+from blastnn.compress.plan import (
+    OUTSIDE,
+    UNTARGETED,
+    LayerPlan,
+    Plan,
+    count_params,
+    make_plan,
+    plan_from_file,
+)
 from blastnn.errors import BlastnnError, PlanError, StructureError
 from blastnn.files import write_json
 from blastnn.models.skeleton import find_blocks
@@ -480,3 +489,30 @@ def test_a_plan_file_cannot_compress_a_layer_outside_the_blocks(tmp_path):
     write_json(tmp_path / "plan.json", values)
     with pytest.raises(PlanError, match=r"pooler\.dense"):
         plan_from_file(plan, tmp_path / "plan.json")
+
+
+def test_what_would_be_slower_gets_fewer_blocks_or_stays_dense() -> None:
+    model = nn.Sequential(nn.Linear(512, 512, device="meta"), nn.Linear(64, 64, device="meta"))
+
+    def planned(**choices: object) -> list[LayerPlan]:
+        return list(make_plan(model, [""], Options(**choices), None, []).layers)
+
+    large, small = planned(keep=0.97)
+    assert large.spec is None
+    assert large.reason is not None and "slower than dense" in large.reason
+    assert small.spec is not None, "too small to matter"
+    assert planned(keep=0.97, allow_slower=True)[0].spec is not None
+    spec = planned(keep=0.8, blocks=(64, 64))[0].spec
+    assert isinstance(spec, Blast) and 1 < spec.blocks[0] < 64
+    assert spec.num_params <= 0.8 * 512 * 512 < spec.larger().num_params
+    assert planned(keep=0.8, blocks=(64, 64), allow_slower=True)[0].spec.blocks == (64, 64)
+    assert planned(keep=0.5)[0].spec.blocks == (4, 4)
+
+
+def test_a_share_of_the_model_is_kept_by_the_layers_that_remain() -> None:
+    layers = [nn.Linear(512, 512, bias=False, device="meta") for _ in range(2)]
+    model = nn.Sequential(*layers, nn.Linear(1024, 1024, bias=False, device="meta"))
+    plan = make_plan(model, [""], Options(keep=0.9, of="model", blocks=(16, 16)), None, [])
+    before, after = plan.target_params
+    total = plan.model_params
+    assert total - before + after == pytest.approx(0.9 * total, rel=2e-3)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from blastnn.checkpoint import StoredLayer, check_factors, read_layers
 from blastnn.errors import CheckpointError, ModelError
 from blastnn.evaluate.perplexity import PROTOCOL, perplexity
 from blastnn.evaluate.probe import matches
 from blastnn.evaluate.text import first_windows, read_text
-from blastnn.files import read_json
+from blastnn.files import read_json, write_json
 from blastnn.integrations.transformers import is_causal, load_model
+from blastnn.kernels import explain, winners
+from blastnn.kernels.explain import FILE as KERNELS_FILE
 from blastnn.models.skeleton import build_skeleton
 from blastnn.models.source import load_tokenizer, open_model
 from blastnn.models.tensors import TensorFolder, find_name
@@ -104,3 +109,30 @@ def _verify(folder: Path) -> bool:
     if "ids" not in expected:
         raise CheckpointError(f"{folder / 'report.json'} has no self_check to verify against")
     return matches(load_model(folder), expected)
+
+
+def explain_kernels(
+    folder: Path, dtype: str, tokens: Sequence[int], save: bool
+) -> list[dict[str, Any]]:
+    """What ``blastnn.kernels.explain`` says of a compressed folder's layers on this machine.
+
+    Args:
+        folder: a compressed model.
+        dtype: of the inputs, e.g. ``"float32"``.
+        tokens: for which to measure.
+        save: whether to write the measured choices into the folder.
+
+    Raises:
+        CheckpointError: not a folder that blastnn compressed.
+        ModelError: no such dtype.
+    """
+    layers = read_layers(folder)
+    number = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in number:
+        raise ModelError(f"dtype must be one of {sorted(number)}, but is {dtype!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = [(layer.spec, layer.quantization) for layer in layers.values()]
+    rows = explain(weights, device, number[dtype], tokens)
+    if save:
+        write_json(folder / KERNELS_FILE, winners(rows))
+    return rows

@@ -7,6 +7,7 @@ against its spec, because transformers itself would initialise what is missing a
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from blastnn.checkpoint import (
 )
 from blastnn.errors import CheckpointError
 from blastnn.files import read_json
+from blastnn.kernels import fix_choices
+from blastnn.kernels.explain import FILE as KERNELS_FILE
 from blastnn.linear import StructuredLinear
 from blastnn.models.tensors import TensorFolder, find_name
 
@@ -112,11 +115,20 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
         read_layers(folder)
+        use_measured_kernels(folder)
     names = config.get("architectures") or [None]
     model_class = getattr(transformers, names[0] or "", None) or AutoModel
     options = {"dtype": dtype if dtype is not None else "auto", "use_safetensors": True}
     model = model_class.from_pretrained(folder, trust_remote_code=False, **options)
     return model.eval()
+
+
+def use_measured_kernels(folder: Path) -> None:
+    """Choose as ``blastnn kernels --measure --save`` found best, where that was on this machine."""
+    if (folder / KERNELS_FILE).is_file():
+        reason = fix_choices(read_json(folder / KERNELS_FILE))
+        if reason is not None:
+            logging.getLogger("blastnn").warning("the default kernels serve: %s", reason)
 
 
 def is_causal(model: PreTrainedModel) -> bool:

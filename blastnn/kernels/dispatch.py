@@ -35,6 +35,7 @@ UNQUANTIZED_ONLY = "it takes no quantised factors"
 _weights: list[Weight] = []
 _numbers: dict[Weight, int] = {}
 _chosen: dict[tuple[Weight, str, torch.dtype], Choice] = {}
+_preferred: dict[tuple[Structure, str, torch.dtype], str] = {}
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,30 @@ def choose(
     key = ((spec, quantization), device, dtype)
     if key not in _chosen:
         passed_over: dict[str, str] = {}
+        wanted = _preferred.get((spec, device, dtype)) if quantization is None else None
         for kernel in TABLE.get(device, OTHERWISE):
+            if wanted not in (None, kernel.NAME):
+                passed_over[kernel.NAME] = f"{wanted} was measured to be faster"
+                continue
             reason = _obstacle(kernel, (spec, quantization), device, dtype)
             if reason is None:
                 break
             passed_over[kernel.NAME] = reason
         _chosen[key] = Choice(kernel, passed_over)
     return _chosen[key]
+
+
+def prefer(spec: Structure, device: str, dtype: torch.dtype, kernel: str) -> None:
+    """Choose the kernel named for unquantised factors, from the next layer built on.
+
+    Raises:
+        StructureError: no such kernel serves them here.
+    """
+    names = [module.NAME for module in kernels_for(spec, device, dtype)]
+    if kernel not in names:
+        raise StructureError(f"the kernel {kernel!r} does not serve {spec}; these do: {names}")
+    _preferred[spec, device, dtype] = kernel
+    _chosen.pop(((spec, None), device, dtype), None)
 
 
 def kernels_for(spec: Structure, device: str, dtype: torch.dtype) -> list[ModuleType]:
