@@ -492,7 +492,7 @@ def test_a_plan_file_cannot_compress_a_layer_outside_the_blocks(tmp_path):
 
 
 def test_what_would_be_slower_gets_fewer_blocks_or_stays_dense() -> None:
-    model = nn.Sequential(nn.Linear(512, 512, device="meta"), nn.Linear(64, 64, device="meta"))
+    model = nn.Sequential(nn.Linear(512, 512, device="meta"), nn.Linear(200, 200, device="meta"))
 
     def planned(**choices: object) -> list[LayerPlan]:
         return list(make_plan(model, [""], Options(**choices), None, []).layers)
@@ -502,10 +502,10 @@ def test_what_would_be_slower_gets_fewer_blocks_or_stays_dense() -> None:
     assert large.reason is not None and "slower than dense" in large.reason
     assert small.spec is not None, "too small to matter"
     assert planned(keep=0.97, allow_slower=True)[0].spec is not None
-    spec = planned(keep=0.8, blocks=(64, 64))[0].spec
-    assert isinstance(spec, Blast) and 1 < spec.blocks[0] < 64
+    spec = planned(keep=0.8, blocks=(32, 32))[0].spec
+    assert isinstance(spec, Blast) and 1 < spec.blocks[0] < 32
     assert spec.num_params <= 0.8 * 512 * 512 < spec.larger().num_params
-    assert planned(keep=0.8, blocks=(64, 64), allow_slower=True)[0].spec.blocks == (64, 64)
+    assert planned(keep=0.8, blocks=(32, 32), allow_slower=True)[0].spec.blocks == (32, 32)
     assert planned(keep=0.5)[0].spec.blocks == (4, 4)
 
 
@@ -515,4 +515,4 @@ def test_a_share_of_the_model_is_kept_by_the_layers_that_remain() -> None:
     plan = make_plan(model, [""], Options(keep=0.9, of="model", blocks=(16, 16)), None, [])
     before, after = plan.target_params
     total = plan.model_params
-    assert total - before + after == pytest.approx(0.9 * total, rel=2e-3)
+    assert total - before + after == pytest.approx(0.9 * total, rel=4e-3)
