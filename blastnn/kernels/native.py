@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blastnn.kernels.blast_backward import blast_backward
 from blastnn.kernels.build import BuildError, library
-from blastnn.quantization import SCALE, Quantization
+from blastnn.quantization import SCALE, Quantization, dequantize_factors
 from blastnn.structures import Blast, BlockLowRank, Factors, LowRank, Monarch, Structure
 
 NAME = "native"
@@ -77,7 +77,12 @@ def quantized_obstacle(
 def quantized_matmul(
     spec: Structure, quantization: Quantization, x: Tensor, factors: Factors
 ) -> Tensor:
-    """``x @ A.T`` with the factors as they are stored; see ``csrc/quantized.h``."""
+    """``x @ A.T`` with the factors as they are stored; see ``csrc/quantized.h``.
+
+    Where a gradient of the input is wanted, the factors are unpacked and multiplied plainly.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return spec.matmul(x, dequantize_factors(spec, factors, quantization, x.dtype))
     names = ("U", f"U{SCALE}", "V", f"V{SCALE}")
     U, U_scale, V, V_scale = (factors[name] for name in names)
     if isinstance(spec, LowRank):
