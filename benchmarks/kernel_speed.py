@@ -1,6 +1,6 @@
 """Is the structured product faster than dense? Every block count and number of tokens, one run.
 
-``python -m benchmarks.kernels`` prints, for 1536 x 576, 4096 x 4096 and 11008 x 4096 at half
+``python -m benchmarks.kernel_speed`` prints, for 1536 x 576, 4096 x 4096 and 11008 x 4096 at half
 their parameters, how many times faster than dense (``torch.nn.functional.linear``) the CPU kernel
 and plain PyTorch are: medians of interleaved runs on the same machine and threads. Before a figure
 is printed, the kernel's error against float64 is checked: at most twice that of plain PyTorch.
