@@ -1,7 +1,7 @@
 """Whether a structured product can be faster than the dense one: what the planner is told.
 
 A static estimate, so that a plan is the same on every machine: a product costs what it reads or
-multiplies, plus a fixed cost, both fitted to measurements (``benchmarks/kernel_speed.py``, two cores of
+multiplies, plus a fixed cost, near what was measured (``benchmarks/kernel_speed.py``, two cores of
 an AMD EPYC, float32, weights read from memory as the layers of a model are). ``measure.py``
 measures instead.
 """

@@ -9,6 +9,17 @@
 #include "few_tokens.h"
 #include "many_tokens.h"
 
+// to += scale * from, number by number.
+inline void add_scaled(long count, const BFloat16* scale, const float* from, float* to) {
+  long c = 0;
+  for (; c + W <= count; c += W) {
+    Vec total = load(to + c);
+    add(total, load(scale + c), load(from + c));
+    store(to + c, total);
+  }
+  for (; c < count; ++c) add(to[c], to_float(scale[c]), from[c]);
+}
+
 template <int BITS, class T>
 struct QuantizedFactors {
   const Product<T>& a;
@@ -30,10 +41,8 @@ struct QuantizedFactors {
       Packed<BITS> v = V + ((j * a.q + k) * stored + rank.from);
       add_all_rows<TOKENS>(rows, width, xj + k, a.q, v, stored, part.data());
       const BFloat16* scale = V_scale + (j * groups(a.q) + k / group) * a.r + rank.from;
-      for (long c = 0; c < width; ++c) {
-        float s = to_float(scale[c]);
-        for (int t = 0; t < TOKENS; ++t) add(zj[t * width + c], s, part[t * width + c]);
-      }
+      for (int t = 0; t < TOKENS; ++t)
+        add_scaled(width, scale, part.data() + t * width, zj + t * width);
     }
   }
 
@@ -49,8 +58,8 @@ struct QuantizedFactors {
       for (int t = 0; t < TOKENS; ++t) {
         const float* from = w + (i * TOKENS + t) * a.r;
         float* to = scaled.data() + t * stored;
-        for (long k = 0; k < a.r; ++k) to[k] = from[k] * to_float(scale[k]);
-        std::fill(to + a.r, to + stored, 0.0f);
+        std::fill(to, to + stored, 0.0f);
+        add_scaled(a.r, scale, from, to);
       }
       T* y = a.y + row;
       left_block<TOKENS>(end - row, stored, Segments{1, stored, 0, 0}, U + row * stored,

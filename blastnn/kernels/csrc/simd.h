@@ -98,10 +98,26 @@ struct Packed {
 };
 
 inline Vec load(Packed<8> from) {
+#if defined(__AVX512F__)
+  auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from.bytes));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(__AVX2__)
+  auto bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from.bytes));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
   return __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(from.bytes), Vec);
+#endif
 }
 
 inline Vec load(Packed<4> from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  int word;
+  std::memcpy(&word, from.bytes, 4);
+  auto places = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  auto nibbles = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word), places),
+                                  _mm256_set1_epi32(15));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(nibbles, _mm256_set1_epi32(8)));
+#else
   IntVec numbers;
   for (int lane = 0; lane < W; lane += 8) {
     uint32_t word;
@@ -109,6 +125,7 @@ inline Vec load(Packed<4> from) {
     for (int k = 0; k < (W < 8 ? W : 8); ++k) numbers[lane + k] = int(word >> 4 * k & 15) - 8;
   }
   return __builtin_convertvector(numbers, Vec);
+#endif
 }
 
 inline const void* address(const float* from) { return from; }
