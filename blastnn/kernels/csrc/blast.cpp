@@ -17,30 +17,33 @@ int threads_for(long multiplications) {
   return omp_in_parallel() || multiplications < SERIAL ? 1 : at::get_num_threads();
 }
 
+// few(N) for N tokens of which there is a kernel of their own, many() for more.
+template <class Few, class Many>
+void by_tokens(long tokens, const Few& few, const Many& many) {
+  switch (tokens) {
+    case 0: return;
+    case 1: return few(std::integral_constant<int, 1>{});
+    case 2: return few(std::integral_constant<int, 2>{});
+    case 3: return few(std::integral_constant<int, 3>{});
+    case 4: return few(std::integral_constant<int, 4>{});
+    default: return many();
+  }
+}
+
 template <class T, class Factors>
 void run(const Product<T>& a, const Factors& factors) {
   int threads = threads_for(a.tokens * a.r * (a.b1 * a.p + a.b2 * a.q));
-  switch (a.tokens) {
-    case 0: return;
-    case 1: return few_tokens<1>(a, factors, threads);
-    case 2: return few_tokens<2>(a, factors, threads);
-    case 3: return few_tokens<3>(a, factors, threads);
-    case 4: return few_tokens<4>(a, factors, threads);
-    default: return many_tokens(a, factors, threads);
-  }
+  by_tokens(
+      a.tokens, [&](auto tokens) { few_tokens<tokens()>(a, factors, threads); },
+      [&] { many_tokens(a, factors, threads); });
 }
 
 template <class T>
 void run_blocks(const Product<T>& a, bool strided) {
   int threads = threads_for(a.tokens * a.r * a.b1 * a.b2 * (a.p + a.q));
-  switch (a.tokens) {
-    case 0: return;
-    case 1: return few_tokens_of_blocks<1>(a, strided, threads);
-    case 2: return few_tokens_of_blocks<2>(a, strided, threads);
-    case 3: return few_tokens_of_blocks<3>(a, strided, threads);
-    case 4: return few_tokens_of_blocks<4>(a, strided, threads);
-    default: return many_tokens_of_blocks(a, strided, threads);
-  }
+  by_tokens(
+      a.tokens, [&](auto tokens) { few_tokens_of_blocks<tokens()>(a, strided, threads); },
+      [&] { many_tokens_of_blocks(a, strided, threads); });
 }
 
 template <class T>
