@@ -250,6 +250,7 @@ def test_bench_command_writes_figures_and_a_picture(
     assert "decode" in ran.output and "protocol" in ran.output
 
 
+@pytest.mark.slow
 def test_peak_memory_comes_from_another_process(tmp_path: Path) -> None:
     found = peak.peak_bytes(make_folder(tmp_path / "model"), [(1, 5)], 4, "cpu")
     assert len(found) == 1

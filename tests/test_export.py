@@ -136,6 +136,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return dense, root / "small"
 
 
+@pytest.mark.slow
 def test_a_compressed_causal_model_from_the_command_line(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

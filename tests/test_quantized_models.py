@@ -267,6 +267,7 @@ def test_quantize_refuses(source, plain, job, tmp_path):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_command_line(source, tmp_path):
     """compress --quantize with its report, quantize, inspect."""
     blastnn_command = [sys.executable, "-m", "blastnn"]

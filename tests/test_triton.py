@@ -67,6 +67,7 @@ def test_kernels_on_the_gpu():
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     done = python("-m", "tests.triton_compile", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
