@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from blastnn.kernels import processor
+from blastnn.kernels.measure import seconds
 
 # Far beyond any cache, so that memory itself is measured.
 READ_BYTES = 2**29
@@ -37,7 +38,7 @@ def describe() -> dict[str, Any]:
     """Processor, threads, device and versions: what a speed must be quoted with."""
     cuda = torch.cuda.is_available()
     return {
-        "processor": _processor(),
+        "processor": processor.model_name(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -45,20 +46,6 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes, until the device has finished it."""
-    _finish(device)
-    start = time.perf_counter()
-    run()
-    _finish(device)
-    return time.perf_counter() - start
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _read_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -80,13 +67,3 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
     return min(seconds(run, device) for _ in range(ROUNDS))
-
-
-def _processor() -> str:
-    """The model name that Linux gives, or what Python knows."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

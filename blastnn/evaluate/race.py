@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from blastnn.errors import MeasurementError
 from blastnn.evaluate.energy import EnergyMeter
 from blastnn.evaluate.engine import Engine, open_engine
-from blastnn.evaluate.machine import seconds
+from blastnn.kernels.measure import seconds
 
 CHECKED_STEPS = 3
 # Largest difference of a logit, as a share of the largest logit; reordered sums in each precision.

@@ -21,14 +21,8 @@ from blastnn.linear import StructuredLinear
 
 
 @dataclass(frozen=True)
-class DecodeBytes:
-    """Bytes read for one token of every sequence."""
-
-    linear_layers: int
-    output_layer: int
-    embedding_rows: int
-    other_parameters: int
-    cache: int
+class Parts:
+    """Counts that add up."""
 
     @property
     def total(self) -> int:
@@ -41,21 +35,23 @@ class DecodeBytes:
 
 
 @dataclass(frozen=True)
-class PrefillProducts:
+class DecodeBytes(Parts):
+    """Bytes read for one token of every sequence."""
+
+    linear_layers: int
+    output_layer: int
+    embedding_rows: int
+    other_parameters: int
+    cache: int
+
+
+@dataclass(frozen=True)
+class PrefillProducts(Parts):
     """Multiplications for one prompt of every sequence."""
 
     linear_layers: int
     output_layer: int
     attention: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(asdict(self).values())
-
-    def to_json(self) -> dict[str, int]:
-        """The parts and their sum."""
-        return {**asdict(self), "total": self.total}
 
 
 def decode_bytes(model: PreTrainedModel, batch: int, context: float) -> DecodeBytes:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 
 from blastnn.files import cache_folder
+from blastnn.kernels import processor
 
 SOURCES = Path(__file__).parent / "csrc"
 MAIN = "blast.cpp"
@@ -85,16 +84,6 @@ def _compile(compiler: str, target: Path) -> None:
 def _digest(compiler: str) -> str:
     """All that decides what comes out of the compiler."""
     said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    parts = [said.stdout, torch.__version__, _processor(), *FLAGS]
+    parts = [said.stdout, torch.__version__, processor.abilities(), *FLAGS]
     parts += [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-
-
-def _processor() -> str:
-    """The processor's own list of abilities, where the system tells it."""
-    try:
-        said = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", said, re.MULTILINE)
-    return found[1] if found else platform.machine()

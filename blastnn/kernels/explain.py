@@ -7,13 +7,13 @@ on another machine the file is passed over, and ``fix_choices`` says so.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from blastnn.errors import CheckpointError
+from blastnn.kernels import processor
 from blastnn.kernels.dispatch import choose, prefer
 from blastnn.kernels.measure import DENSE, measure
 from blastnn.kernels.worth import predicted_speedup
@@ -28,7 +28,7 @@ Weight = tuple[Structure, Quantization | None]
 def machine() -> dict[str, Any]:
     """What a choice of kernels depends on."""
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor.model_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -78,7 +78,7 @@ def measure(
     runs = {DENSE: _dense(x, weights)}
     for kernel in kernels_for(spec, device, dtype):
         runs[kernel.NAME] = _structured(kernel.matmul, spec, x, factors)
-    return Timing(spec, device, dtype, tokens, _medians(runs, device, budget))
+    return Timing(spec, device, dtype, tokens, _medians(runs, torch.device(device), budget))
 
 
 def _dense(x: Tensor, weights: list[Tensor]) -> Callable[[], Tensor]:
@@ -96,19 +96,27 @@ def _structured(
     return lambda: matmul(spec, x, next(turns))
 
 
-def _medians(runs: dict[str, Callable[[], Tensor]], device: str, budget: float) -> dict[str, float]:
-    first = {name: min(_seconds(run, device) for _ in range(2)) for name, run in runs.items()}
+def _medians(
+    runs: dict[str, Callable[[], Tensor]], device: torch.device, budget: float
+) -> dict[str, float]:
+    first = {name: min(seconds(run, device) for _ in range(2)) for name, run in runs.items()}
     rounds = max(3, min(1000, int(budget / (sum(first.values()) + 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(_seconds(run, device))
+            times[name].append(seconds(run, device))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _seconds(run: Callable[[], Tensor], device: str) -> float:
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes, until the device has finished it."""
+    _finish(device)
     start = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    _finish(device)
     return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
