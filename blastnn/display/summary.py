@@ -1,0 +1,74 @@
+"""What a finished job achieved: sizes, error, speed and time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from blastnn.display.table import MIB, print_json
+
+
+def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bool) -> None:
+    """What a finished job achieved."""
+    if as_json:
+        print_json(report)
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    if not fresh:
+        console.print(f"{output} was finished before; nothing to do")
+    keep = report["keep"]
+    for part in ("targets", "model"):
+        for unit in ("params", "bytes"):
+            share = keep[part][unit]
+            asked = (
+                f" (asked {keep['asked']:.1%})" if part == keep["of"] and unit == "params" else ""
+            )
+            console.print(
+                f"{part:8}{unit:7}{share['before']:>13,} -> {share['after']:>13,}  "
+                f"kept {share['kept']:.2%}{asked}"
+            )
+    if report.get("quantization"):
+        how = report["quantization"]
+        error = how["error_added"]
+        console.print(
+            f"factors in {how['bits']} bits, {how['bits_per_weight']:.2f} a weight with scales; "
+            f"relative error added: mean {error['mean']:.4f}, largest {error['largest']:.4f}"
+        )
+    measured = report["measured"]
+    if measured is None:
+        console.print(f"not measured: {report['not_measured']}")
+    else:
+        _print_measured(console, measured)
+    timing = report["timing"]
+    console.print(
+        f"{timing['total']:.0f} s: factorisation {timing['factorise']:.0f}, forward passes "
+        f"{timing['forward']:.0f}, other {timing['other']:.0f} ({timing['other_share']:.1%})"
+    )
+    peak = report["memory"]["peak_anonymous_bytes"]
+    if peak is not None:
+        console.print(f"peak anonymous memory {peak / MIB:.0f} MiB")
+    verified = {True: "equal, bit for bit", False: "DIFFERENT", None: "not compared"}
+    state = verified[report["self_check"]["verified"]]
+    console.print(f"logits of the model loaded in a fresh process and of the job: {state}")
+    for warning in report["warnings"]:
+        console.print(f"warning: {warning}")
+    console.print(f"{output / 'report.html'}")
+
+
+def _print_measured(console: Console, measured: dict[str, Any]) -> None:
+    for row in measured["perplexity"]:
+        console.print(
+            f"perplexity {row['text']}: dense {row['dense']:.2f}, compressed "
+            f"{row['compressed']:.2f} ({row['tokens']} tokens)"
+        )
+    if measured["cosine"]:
+        console.print(f"mean cosine of the hidden states: {measured['cosine']['mean']:.4f}")
+    for phase in ("prefill", "decode"):
+        if measured["speed"]:
+            speed = measured["speed"][phase]
+            console.print(
+                f"{phase}: dense {speed['dense']:.1f} tokens/s, compressed "
+                f"{speed['compressed']:.1f} ({speed['ratio']:.2f}x)"
+            )
