@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from blastnn.compress.options import PRESETS, Options
+from blastnn.compress.options import INPUTS, MOMENTS, PRESETS, Options
 from blastnn.errors import PlanError
 from blastnn.evaluate.bench_options import BenchOptions
 from blastnn.factorize import SOLVERS
@@ -37,6 +37,12 @@ Targets = Annotated[list[str] | None, typer.Option(help="pattern of layer names;
 Preset = Annotated[str, typer.Option(help=f"one of {', '.join(sorted(PRESETS))}")]
 Solver = Annotated[str | None, typer.Option(help=f"auto, {', '.join(sorted(SOLVERS))}")]
 Sweeps = Annotated[int | None, typer.Option(help="iterations of the solver")]
+Inputs = Annotated[
+    str | None, typer.Option(help=f"whose inputs layers are fitted on: {' or '.join(INPUTS)}")
+]
+Moment = Annotated[
+    str | None, typer.Option(help=f"of the inputs, what a fit knows: {' or '.join(MOMENTS)}")
+]
 CalibrationTokens = Annotated[
     int | None, typer.Option("--calibration-tokens", help="tokens to calibrate with")
 ]
@@ -90,6 +96,8 @@ class JobChoices(PlanChoices):
 
     solver: Solver = None
     sweeps: Sweeps = None
+    inputs: Inputs = None
+    moment: Moment = None
     tokens: CalibrationTokens = None
     window: Window = None
     damping: Damping = None

@@ -309,7 +309,15 @@ def test_a_share_out_of_range_is_refused(keep):
 
 @pytest.mark.parametrize(
     "chosen",
-    [{"of": "layers"}, {"dtype": "int8"}, {"sweeps": 0}, {"tokens": 0}, {"window": -1}],
+    [
+        {"of": "layers"},
+        {"inputs": "mine"},
+        {"moment": "third"},
+        {"dtype": "int8"},
+        {"sweeps": 0},
+        {"tokens": 0},
+        {"window": -1},
+    ],
 )
 def test_other_choices_out_of_range_are_refused(chosen):
     with pytest.raises(PlanError, match=next(iter(chosen))):

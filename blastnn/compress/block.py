@@ -2,6 +2,7 @@
 
 The order inside a block is the order in which its layers run, so that each layer is fitted on the
 inputs it will really see: those of the compressed model, the layers before it already replaced.
+With ``inputs="dense"`` every layer is fitted by itself, and one pass of the dense block is enough.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from blastnn.compress.moments import (
     MomentSum,
     find_groups,
     layer_inputs,
+    pass_through,
     run_calls,
 )
 from blastnn.compress.options import Options
@@ -46,7 +48,8 @@ UNREACHED = "the calibration text never reached it"
 class Streams:
     """Hidden states ``(windows, window, hidden)`` in the dense and in the compressed model.
 
-    While both are equal, ``compressed`` is the same tensor as ``dense``.
+    While both are equal, ``compressed`` is the same list as ``dense``; so it stays where layers are
+    fitted on dense inputs, and the compressed model's are not asked for.
     """
 
     dense: list[Tensor]
@@ -54,7 +57,7 @@ class Streams:
 
     @property
     def equal(self) -> bool:
-        """Whether the two models still agree because nothing before was compressed."""
+        """Whether there is one stream, that of the dense model."""
         return self.compressed is self.dense
 
     def part(self) -> None:
@@ -122,11 +125,19 @@ class BlockCompressor:
         wanted = [plan.kind for plan in plans if plan.spec is not None]
         records = {p.kind: LayerRecord(p.name, "kept", p.reason) for p in plans if p.spec is None}
         groups = self._groups(dense, calls, wanted, streams)
+        independent = streams is not None and self.options.inputs == "dense"
+        ahead: dict[InputGroup, Moments] = {}
+        if streams is not None and independent:
+            ahead = pass_through(dense, calls, streams.dense, groups, self.options.moment)
         solving = 0.0
         for group in groups:
             # A block called once has its dense output for nothing while its last group is read.
             advance = group is groups[-1] and len(calls) == 1
-            moments = self._moments(dense, block, calls, group, streams, advance)
+            moments = (
+                ahead[group]
+                if independent
+                else self._moments(dense, block, calls, group, streams, advance)
+            )
             for kind in group.layers:
                 records[kind] = self._replace(block, by_kind[kind], moments)
                 solving += records[kind].seconds or 0.0
@@ -135,7 +146,7 @@ class BlockCompressor:
             if kind not in records:
                 records[kind] = LayerRecord(by_kind[kind].name, "kept", UNREACHED)
                 self.on_layer(by_kind[kind], records[kind])
-        if streams is not None:
+        if streams is not None and not independent:
             moved = bool(groups) and len(calls) == 1
             self._advance(dense, block, calls, streams, dense_moved=moved)
         forward = time.perf_counter() - start - solving
@@ -164,7 +175,7 @@ class BlockCompressor:
         """
         if streams is None:
             return None
-        total = MomentSum()
+        total = MomentSum(self.options.moment)
         same = len(calls) > 1 or (streams.equal and self._untouched(block))
         if advance:
             streams.part()

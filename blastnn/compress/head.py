@@ -48,9 +48,10 @@ def compress_head(job: Job, trace: Trace, streams: Streams | None) -> HeadOutcom
 
 def _moments(job: Job, layer: nn.Module, trace: Trace, streams: Streams) -> Moments:
     assert job.head is not None
-    total = MomentSum()
+    total = MomentSum(job.options.moment)
     for dense, compressed in zip(streams.dense, streams.compressed, strict=True):
-        total.add(*(_input(job, layer, trace, hidden) for hidden in (compressed, dense)))
+        seen = (dense,) if streams.equal else (compressed, dense)
+        total.add(*(_input(job, layer, trace, hidden) for hidden in seen))
     return total.finish(job.head.name)
 
 

@@ -1,8 +1,9 @@
 """``compress``: any module in memory, by the same block compressor as the job from disk to disk.
 
 A transformers model of a known family is walked block by block and every layer is fitted on the
-compressed model's inputs. Any other module counts as one block, whose layers are fitted on the
-dense model's inputs, gathered in one pass: nothing is known of its inner order.
+compressed model's inputs (or, with ``inputs="dense"``, on the dense model's). Any other module
+counts as one block, whose layers are fitted on the dense model's inputs whatever ``inputs`` says,
+gathered in one pass: nothing is known of its inner order.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from blastnn.compress.moments import Moments, MomentSum
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
 from blastnn.errors import CalibrationError, PlanError
+from blastnn.evaluate.probe import probe_arguments
 from blastnn.models.families import FAMILIES
 from blastnn.models.linears import dense_weight
 from blastnn.models.skeleton import find_blocks
@@ -78,7 +80,10 @@ def _walkable(model: nn.Module, batches: list[Batch] | None) -> bool:
     """Token ids of one shape can be walked block by block; other batches need the whole model."""
     if not isinstance(model, PreTrainedModel) or model.config.model_type not in FAMILIES:
         return False
-    return batches is None or len({_token_shape(batch) for batch in batches} - {None}) == 1
+    if batches is None:
+        return True
+    shapes = {_token_shape(batch) for batch in batches}
+    return len(shapes) == 1 and None not in shapes
 
 
 def _token_shape(batch: Batch) -> tuple[int, ...] | None:
@@ -95,7 +100,9 @@ def _by_blocks(
     compressor = BlockCompressor(options, dtype, lambda *_: None)
     trace, streams = None, None
     if batches is not None:
-        run = [partial(model.base_model, batch) for batch in batches]
+        base = model.base_model  # without a cache: every call of a block would add to it
+        ids = [batch for batch in batches if isinstance(batch, Tensor)]
+        run = [partial(base, **probe_arguments(base, batch)) for batch in ids]
         trace = record_calls(run[0], blocks)
         hidden = [capture_input(each, blocks) for each in run]
         streams = Streams(hidden, hidden)
@@ -114,7 +121,7 @@ def _as_one_block(
 ) -> CompressionResult:
     plan = make_plan(model, [""], options, None, [])
     wanted = list(plan.compressed)
-    moments = None if batches is None else _dense_moments(model, wanted, batches)
+    moments = None if batches is None else _dense_moments(model, wanted, batches, options.moment)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise PlanError("the model has parameters on the meta device; load its weights first")
     records = [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.spec is None]
@@ -133,13 +140,13 @@ def _as_one_block(
 
 
 def _dense_moments(
-    model: nn.Module, layers: list[LayerPlan], batches: list[Batch]
+    model: nn.Module, layers: list[LayerPlan], batches: list[Batch], moment: str
 ) -> dict[str, Moments]:
     sums: dict[str, MomentSum] = {}
 
     def gather(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().float()
-        sums.setdefault(name, MomentSum()).add(x.reshape(-1, x.shape[-1]))
+        sums.setdefault(name, MomentSum(moment)).add(x.reshape(-1, x.shape[-1]))
 
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
     hooks = [m.register_forward_pre_hook(partial(gather, name)) for name, m in modules.items()]

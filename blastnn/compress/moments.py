@@ -1,7 +1,8 @@
 r"""Second moments of a layer's inputs, gathered while calibration text passes through a block.
 
 ``C = E[x^ x^^T]`` with ``x^`` the input in the compressed model, and ``D = E[x x^^T]`` with ``x``
-the input in the dense model. Products of one window are float32, their sum is float64.
+the input in the dense model. Products of one window are float32, their sum is float64. Where only
+diagonals are wanted, nothing else is computed.
 """
 
 from __future__ import annotations
@@ -37,20 +38,22 @@ class Moments:
 
 
 class MomentSum:
-    """Accumulates ``x^T x`` or ``x^T x^`` over windows."""
+    """Accumulates ``x^T x`` or ``x^T x^`` over windows; of a ``diagonal`` moment no more."""
 
-    def __init__(self) -> None:
+    def __init__(self, moment: str = "full") -> None:
+        self._diagonal = moment == "diagonal"
         self._sums: dict[str, Tensor] = {}
         self.tokens = 0
 
     def add(self, compressed: Tensor, dense: Tensor | None = None) -> None:
         """Inputs ``(tokens, n)`` of the compressed model and, aligned, of the dense one."""
-        self._accumulate("second", compressed.mT @ compressed)
+        self._accumulate("second", compressed, compressed)
         if dense is not None:
-            self._accumulate("cross", dense.mT @ compressed)
+            self._accumulate("cross", dense, compressed)
         self.tokens += compressed.shape[0]
 
-    def _accumulate(self, key: str, product: Tensor) -> None:
+    def _accumulate(self, key: str, left: Tensor, right: Tensor) -> None:
+        product = (left * right).sum(0) if self._diagonal else left.mT @ right
         if key not in self._sums:
             self._sums[key] = torch.zeros(product.shape, dtype=torch.float64)
         self._sums[key] += product
@@ -67,6 +70,8 @@ class MomentSum:
                 f"the inputs of {layer} are not all finite: its weights, or those of a layer "
                 "before it, are damaged"
             )
+        if self._diagonal:
+            means = {key: mean.diag() for key, mean in means.items()}
         return Moments(means["second"], means.get("cross"), self.tokens)
 
 
@@ -128,6 +133,25 @@ def layer_inputs(
     with _Listener(block, [group.layers[0]], take), suppress(StopForward):
         output = run_calls(block, calls, hidden)
     return torch.cat(found) if len(found) > 1 else found[0], output
+
+
+def pass_through(
+    block: nn.Module,
+    calls: Sequence[Call],
+    hidden: list[Tensor],
+    groups: Iterable[InputGroup],
+    moment: str,
+) -> dict[InputGroup, Moments]:
+    """The moments of all groups of a block in one pass, which moves ``hidden`` behind it."""
+    sums = {group.layers[0]: MomentSum(moment) for group in groups}
+
+    def take(name: str, x: Tensor) -> None:
+        sums[name].add(x.reshape(-1, x.shape[-1]))
+
+    with _Listener(block, list(sums), take):
+        for index, entering in enumerate(hidden):
+            hidden[index] = run_calls(block, calls, entering)
+    return {group: sums[group.layers[0]].finish(group.layers[0]) for group in groups}
 
 
 class _Listener:

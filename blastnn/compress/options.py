@@ -17,6 +17,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 PARTS = ("targets", "model")
+INPUTS = ("compressed", "dense")
+MOMENTS = ("full", "diagonal")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Options:
             inside the blocks.
         solver: registered name of the solver, or ``auto``.
         sweeps: iterations of the solver, where it iterates.
+        inputs: whose inputs the layers are fitted on: those of the ``compressed`` model, so that
+            each layer repairs what those before it got wrong, or of the ``dense`` model, so that
+            every layer is fitted by itself.
+        moment: what a fit knows of the inputs: their ``full`` second moment, or its ``diagonal``,
+            as if features were uncorrelated (reported errors are then weighted so too).
         tokens, window: how much calibration text, and the length of a sequence.
         damping: added to the second moments' diagonals, relative to their mean.
         dtype: of the written tensors; None keeps the source's.
@@ -50,6 +57,8 @@ class Options:
     targets: tuple[str, ...] = ()
     solver: str = "auto"
     sweeps: int = 20
+    inputs: str = "compressed"
+    moment: str = "full"
     tokens: int = 24576
     window: int = 1024
     damping: float = 1e-4
@@ -61,8 +70,9 @@ class Options:
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:
             raise PlanError(f"keep must be in (0, 1], the share to keep, but is {self.keep}")
-        if self.of not in PARTS:
-            raise PlanError(f"of must be one of {PARTS}, but is {self.of!r}")
+        for name, known in (("of", PARTS), ("inputs", INPUTS), ("moment", MOMENTS)):
+            if getattr(self, name) not in known:
+                raise PlanError(f"{name} must be one of {known}, but is {getattr(self, name)!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise PlanError(f"dtype must be one of {sorted(DTYPES)}, but is {self.dtype!r}")
         structure = structure_named(self.structure)
