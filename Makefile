@@ -11,6 +11,11 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
 	>/dev/null 2>&1 && echo $$python && break; done)
 
+# Tests run in this many processes of one thread each. Each starts with a half of the files, and
+# whoever is done first takes from the end of the other's, so that neighbours share their fixtures.
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
+
 # Models and texts come from packages, never from a model hub.
 demo test test-all: export HF_HUB_OFFLINE := 1
 
@@ -56,10 +61,10 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: lint $(TASKS_STAMP)
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -17,12 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import blastnn
+from blastnn import cli
 from blastnn.compress.job import Progress, prepare_job
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan
 from blastnn.compress.run import RunOutcome, run_job
 from blastnn.evaluate.probe import digest, probe
-from blastnn.evaluate.score import inspect_folder
 from blastnn.linear import StructuredLinear
 from blastnn.models.families import FAMILIES
 from blastnn.structures import STRUCTURES
@@ -152,10 +152,10 @@ def test_stopped_anywhere_and_resumed_gives_the_same_bytes(tmp_path: Path) -> No
     assert weights_digest(tmp_path / "parts") == weights_digest(tmp_path / "whole")
 
 
-def command(source: Path, output: Path, *extra: str) -> list[str]:
-    """The command line of a small job."""
+def arguments(source: Path, output: Path, *extra: str) -> list[str]:
+    """The arguments of a small job."""
     return [
-        *[sys.executable, "-m", "blastnn", "compress", str(source), "--output", str(output)],
+        *["compress", str(source), "--output", str(output)],
         *["--keep", "0.6", "--blocks", "2", "--calibration", str(TEXT), "--window", "64"],
         *["--calibration-tokens", "2048", "--sweeps", "20", "--resume", *extra],
     ]
@@ -165,13 +165,17 @@ def command(source: Path, output: Path, *extra: str) -> list[str]:
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """SIGKILL, ten times; the last run ends what the first began."""
     source = make_folder(tmp_path / "dense", num_hidden_layers=24, hidden_size=96)
+    command = [sys.executable, "-m", "blastnn"]
+    whole_job, parts_job = (
+        [*command, *arguments(source, tmp_path / name)] for name in ("whole", "parts")
+    )
     start = time.monotonic()
-    subprocess.run(command(source, tmp_path / "whole"), check=True, capture_output=True)
+    subprocess.run(whole_job, check=True, capture_output=True)
     whole = time.monotonic() - start
     moments = random.Random(time.time_ns())
     for _ in range(10):
         process = subprocess.Popen(
-            command(source, tmp_path / "parts"),
+            parts_job,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -179,31 +183,34 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         time.sleep(moments.uniform(0.3, 1.0) * whole)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run(command(source, tmp_path / "parts"), check=True, capture_output=True)
+    subprocess.run(parts_job, check=True, capture_output=True)
     assert weights_digest(tmp_path / "parts") == weights_digest(tmp_path / "whole")
 
 
-def test_command_line_from_start_to_use(tmp_path: Path) -> None:
-    """compress with a report, again (finished), inspect, evaluate, generate, plan."""
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What the command prints; it must succeed."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(words))
+    captured = capsys.readouterr()
+    assert stopped.value.code == 0, captured.err
+    return captured.out
+
+
+def test_command_line_from_start_to_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """compress with a report, again (finished), inspect."""
     source = make_folder(tmp_path / "dense")
     output = tmp_path / "out"
-    text = ["--text", str(TEXT), "--tokens", "512"]
-    first = subprocess.run(
-        command(source, output, *text), check=True, capture_output=True, text=True
-    )
-    assert "equal, bit for bit" in first.stdout
+    job = arguments(source, output, "--text", str(TEXT), "--tokens", "512")
+    assert "equal, bit for bit" in run(capsys, *job)
     report = json.loads((output / "report.json").read_text())
     assert report["keep"]["targets"]["params"]["kept"] <= 0.6
     assert report["self_check"]["verified"] is True
     assert len(report["coverage"]) == 3 * 7 + 1
     assert (output / "report.html").read_text().startswith("<!")
     before = weights_digest(output)
-    again = subprocess.run(
-        command(source, output, *text), check=True, capture_output=True, text=True
-    )
-    assert "finished before" in again.stdout
+    assert "finished before" in run(capsys, *job)
     assert weights_digest(output) == before
-    assert inspect_folder(output, verify=True)["verified"] is True
+    assert "equal, bit for bit" in run(capsys, "inspect", str(output), "--verify")
 
 
 def test_in_memory_of_any_module_and_of_a_known_family() -> None:

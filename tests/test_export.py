@@ -127,21 +127,20 @@ def test_weights_are_stored_once_and_outside_when_asked(tmp_path: Path) -> None:
     assert found.dtype == numpy.float16
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A dense model and a compressed one."""
-    root = tmp_path_factory.mktemp("models")
-    dense = make_folder(root / "dense", num_hidden_layers=1)
-    blastnn.compress_checkpoint(dense, root / "small", calibration=[], keep=0.6, blocks=(2, 2))
-    return dense, root / "small"
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    """A dense model folder."""
+    return make_folder(tmp_path / "dense", num_hidden_layers=1)
 
 
 @pytest.mark.slow
 def test_a_compressed_causal_model_from_the_command_line(
-    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dense, small = folders
-    arguments = ["export", str(small), "--output", str(tmp_path / "small.onnx"), "--json"]
+    small, folder = tmp_path / "small", tmp_path / "exported"
+    folder.mkdir()
+    blastnn.compress_checkpoint(dense, small, calibration=[], keep=0.6, blocks=(2, 2))
+    arguments = ["export", str(small), "--output", str(folder / "small.onnx"), "--json"]
     with pytest.raises(SystemExit) as stopped:
         cli.main([*arguments, "--against", str(dense), "--threads", "1"])
     captured = capsys.readouterr()
@@ -152,7 +151,7 @@ def test_a_compressed_causal_model_from_the_command_line(
     assert {tuple(row["shape"]) for row in result["agreement"]} == set(exported.SHAPES)
     assert all(row["relative"] < 1e-4 for row in result["agreement"])
     assert set(result["speed"]["prefill"]["seconds"]) == {"against", "model"}
-    assert [file.name for file in tmp_path.iterdir()] == ["small.onnx"]
+    assert [file.name for file in folder.iterdir()] == ["small.onnx"]
 
     for extra in ([], ["--against", str(tmp_path / "nowhere"), "--force"], ["--dtype", "int8"]):
         with pytest.raises(SystemExit) as stopped:
@@ -178,7 +177,7 @@ def test_an_encoder_heeds_its_mask(tmp_path: Path) -> None:
 
 
 def test_outputs_that_differ_are_an_error_and_leave_no_file(
-    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         exported, "check_agreement", lambda *_: [exported.Agreement((1, 1), 1.0, float("nan"))]
@@ -190,8 +189,8 @@ def test_outputs_that_differ_are_an_error_and_leave_no_file(
 
     monkeypatch.setattr(exported, "export_onnx", write)
     with pytest.raises(ExportError, match="differs"):
-        exported.export_folder(str(folders[0]), tmp_path / "small.onnx")
-    assert list(tmp_path.iterdir()) == []
+        exported.export_folder(str(dense), tmp_path / "small.onnx")
+    assert list(tmp_path.iterdir()) == [dense]
 
 
 def test_targets_that_cannot_be_written(tmp_path: Path) -> None:

@@ -45,15 +45,6 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small lose more to waking threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def quick(
     weight: Tensor,
     spec: Structure,

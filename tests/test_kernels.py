@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from blastnn.kernels import (
     reference,
     winners,
 )
-from blastnn.kernels.build import BuildError, find_compiler
+from blastnn.kernels.build import BuildError, find_compiler, library
 from blastnn.linear import StructuredLinear
 from blastnn.quantization import QUANTIZATIONS, dequantize_factors, quantize_factors
 from blastnn.structures import (
@@ -66,6 +67,16 @@ def error(y: Tensor, exact: Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
 
 
+def rounding_errors(
+    spec: Structure, x: Tensor, factors: dict[str, Tensor], *results: Tensor
+) -> list[float]:
+    """Relative to what is summed up: a sum of almost zero owes its digits to luck."""
+    wide = cast_factors(factors, torch.float64)
+    exact = x.double() @ spec.to_dense(wide).T
+    scale = spec.matmul(x.double().abs(), {key: f.abs() for key, f in wide.items()}).norm()
+    return [float((y.double() - exact).norm() / scale) for y in results]
+
+
 def serves(kernel, spec: Structure, dtype: torch.dtype) -> bool:
     return kernel.obstacle(spec, "cpu", dtype) is None
 
@@ -79,14 +90,12 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(kernel, spec, dtype):
     mine = plain = 0.0
     for tokens in TOKENS:
         factors, x = fresh(spec, dtype), torch.randn(tokens, spec.in_features).to(dtype)
-        exact = x.double() @ spec.to_dense(cast_factors(factors, torch.float64)).T
         y = kernel.matmul(spec, x, factors)
-        assert (y.shape, y.dtype) == (exact.shape, dtype)
-        one = error(y, exact)
+        assert (y.shape, y.dtype) == ((tokens, spec.out_features), dtype)
+        one, other = rounding_errors(spec, x, factors, y, spec.matmul(x, factors))
         # One draw may flatter plain PyTorch by chance; what counts is the sum over all of them.
-        assert one <= 4 * error(spec.matmul(x, factors), exact) + torch.finfo(dtype).eps, tokens
-        mine += one**2
-        plain += error(spec.matmul(x, factors), exact) ** 2
+        assert one <= 4 * other + torch.finfo(dtype).eps / 4, tokens
+        mine, plain = mine + one**2, plain + other**2
     assert mine**0.5 <= 2 * plain**0.5
 
 
@@ -120,7 +129,7 @@ def test_memory_layout_does_not_matter(kernel, tokens):
 @every_dtype
 def test_bits_depend_on_neither_threads_nor_calls(kernel, dtype):
     threads = torch.get_num_threads()
-    for spec in (SPECS[2], SPECS[6], SPECS[9], SPECS[13]):
+    for spec in SPECS:
         factors, x = fresh(spec, dtype), torch.randn(300, spec.in_features).to(dtype)
         for part in (x[:1], x[:9], x[:30], x):
             results = []
@@ -168,6 +177,7 @@ def test_gradients_are_those_of_plain_pytorch(kernel, spec):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at gradients itself
 def test_pytorch_finds_the_operator_well_formed():
     spec = SPECS[0]
     assert serves(native, spec, torch.float32)
@@ -250,6 +260,24 @@ def test_a_compiler_that_fails_is_quoted(forgetful, caplog, tmp_path):
     assert choice.name == "reference"
     assert "it is Monday" in choice.passed_over["native"]
     assert "it is Monday" in caplog.text
+
+
+def test_processes_that_start_together_compile_once(forgetful, tmp_path):
+    """Two of a test run, or of a server: the second waits and takes what the first built."""
+    compiler = tmp_path / "slow"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && exit 0\n'
+        f"echo once >> {tmp_path}/runs\nsleep 0.3\n"
+        'for word; do [ "$before" = -o ] && touch "$word"; before=$word; done\n'
+    )
+    compiler.chmod(0o755)
+    forgetful.setenv("CXX", str(compiler))
+    forgetful.setenv("BLASTNN_CACHE", str(tmp_path))
+    with ThreadPoolExecutor(2) as pool:
+        built = [future.result() for future in [pool.submit(library) for _ in range(2)]]
+    assert built[0] == built[1] and built[0].is_file()
+    assert (tmp_path / "runs").read_text() == "once\n"
 
 
 @every_dtype

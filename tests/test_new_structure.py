@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,23 +65,36 @@ class Circulant(Structure):
 LINE = "from blastnn.structures.circulant import Circulant as Circulant\n"
 
 USE = """
-import torch, blastnn
+from pathlib import Path
+
+import pytest
+import torch
+import blastnn
+from blastnn import cli
 from blastnn.factorize import automatic_table, factorize
 from blastnn.structures import spec_from_json, structure_named
 
-assert blastnn.__file__.startswith(FOLDER)
-spec = structure_named("circulant").for_budget(12, 12, 12)
-assert spec_from_json(spec.to_json()) == spec
-weight = spec.to_dense(spec.init(seed=1, dtype=torch.float64))
-result = factorize(weight, spec)
-assert result.solver == automatic_table()["circulant"] == "fit"
-assert result.relative_error < 1e-6, result.relative_error
-model = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12))
-small = blastnn.compress(
-    model, keep=0.5, calibration=[torch.randn(64, 12)], structure="circulant"
-).model
-assert small(torch.randn(3, 12)).shape == (3, 12)
-assert sum(p.numel() for p in small.parameters()) == 2 * 24
+
+def test_use():
+    assert Path(blastnn.__file__).parents[1] == Path(__file__).parents[1]
+    spec = structure_named("circulant").for_budget(12, 12, 12)
+    assert spec_from_json(spec.to_json()) == spec
+    weight = spec.to_dense(spec.init(seed=1, dtype=torch.float64))
+    result = factorize(weight, spec)
+    assert result.solver == automatic_table()["circulant"] == "fit"
+    assert result.relative_error < 1e-6, result.relative_error
+    model = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12))
+    small = blastnn.compress(
+        model, keep=0.5, calibration=[torch.randn(64, 12)], structure="circulant"
+    ).model
+    assert small(torch.randn(3, 12)).shape == (3, 12)
+    assert sum(p.numel() for p in small.parameters()) == 2 * 24
+
+
+def test_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["solvers"])
+    assert "circulant: fit" in capsys.readouterr().out
 """
 
 
@@ -92,20 +106,17 @@ def test_one_file_and_one_line_add_a_structure(tmp_path):
     with (tmp_path / "blastnn/structures/__init__.py").open("a") as file:
         file.write(LINE)
 
-    def python(*arguments: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
-
-    python("-c", f"FOLDER = {str(tmp_path)!r}\n" + USE)
+    (tmp_path / "tests/test_circulant.py").write_text(USE)
     # The conformance suites find it by themselves.
-    suites = ("tests/test_structures.py", "tests/test_linear.py")
-    python("-m", "pytest", "-q", "-x", "-k", "circulant", "-p", "no:cacheprovider", *suites)
-    assert "circulant: fit" in python("-m", "blastnn", "solvers")
+    suites = ("tests/test_structures.py", "tests/test_linear.py", "tests/test_circulant.py")
+    options = ["-q", "-x", "-k", "circulant", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *suites],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) > 100, done.stdout

@@ -28,15 +28,6 @@ SHAPES = [(7, 7), (12, 20), (13, 11), (31, 9), (8, 37)]
 MANY_TOKENS = FEW_TOKENS + 7
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small lose more to waking threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 every_spec = pytest.mark.parametrize("spec", example_specs(SHAPES), ids=describe)
 few_specs = pytest.mark.parametrize("spec", example_specs([(13, 11)]), ids=describe)
 every_structure = pytest.mark.parametrize("name", sorted(STRUCTURES))

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from blastnn.files import cache_folder
 from blastnn.kernels import processor
@@ -40,8 +41,13 @@ def library() -> Path:
     compiler = find_compiler()
     target = cache_folder() / "kernels" / _digest(compiler) / LIBRARY
     if not target.is_file():
-        log.warning("compiling blastnn's CPU kernels with %s, once; about half a minute", compiler)
-        _compile(compiler, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock")):  # whoever comes second waits for the first
+            if not target.is_file():
+                log.warning(
+                    "compiling blastnn's CPU kernels with %s, once; about half a minute", compiler
+                )
+                _compile(compiler, target)
     return target
 
 
@@ -70,7 +76,6 @@ def command(compiler: str, output: Path) -> list[str]:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / LIBRARY
         done = subprocess.run(command(compiler, built), capture_output=True, text=True, check=False)
@@ -78,7 +83,7 @@ def _compile(compiler: str, target: Path) -> None:
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
             reason = (lines or done.stderr.splitlines() or ["no message"])[0].strip()
             raise BuildError(f"{compiler} failed: {reason}")
-        built.replace(target)  # whole or not at all, also where two processes compile
+        built.replace(target)  # whole or not at all
 
 
 def _digest(compiler: str) -> str:
