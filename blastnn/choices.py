@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from blastnn.compress.options import INPUTS, MOMENTS, PRESETS, Options
+from blastnn.dtypes import DTYPES
 from blastnn.errors import PlanError
 from blastnn.evaluate.bench_options import BenchOptions
 from blastnn.factorize import SOLVERS
@@ -48,7 +49,7 @@ CalibrationTokens = Annotated[
 ]
 Window = Annotated[int | None, typer.Option(help="tokens in a sequence")]
 Damping = Annotated[float | None, typer.Option(help="of the second moments")]
-Dtype = Annotated[str | None, typer.Option(help="of the written tensors")]
+Dtype = Annotated[str | None, typer.Option(help=f"of the written tensors: {', '.join(DTYPES)}")]
 Quantize = Annotated[
     str | None,
     typer.Option(help=f"store the large factors in few bits: {', '.join(sorted(QUANTIZATIONS))}"),

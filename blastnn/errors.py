@@ -13,6 +13,10 @@ class FactorizationError(BlastnnError):
     """A weight or second moment no solver can work with, or a solver that does not apply."""
 
 
+class DtypeError(BlastnnError):
+    """A dtype that does not exist, or that what was asked for does not take."""
+
+
 class CheckpointError(BlastnnError):
     """A file of a model folder is missing, unreadable, refused, or contradicts another."""
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from blastnn import cli
 from blastnn.choices import JobChoices, unpacked
 from blastnn.compress.options import Options
-from tests.made_up import TEXT, make_model
+from tests.made_up import TEXT, make_folder, make_model
 
 
 def test_every_option_can_be_chosen_on_the_command_line() -> None:
@@ -53,3 +53,16 @@ def test_a_dry_run_needs_no_more_than_a_configuration(
     assert "no tokenizer" in capsys.readouterr().err
     planned = CliRunner().invoke(cli.app, ["plan", str(tmp_path)])
     assert "reckoned with 24,576 tokens of calibration text" in planned.stdout
+
+
+@pytest.mark.parametrize("command", ["compress", "export", "kernels"])
+def test_a_dtype_that_does_not_exist_is_refused_with_those_that_do(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "dense")
+    words = [] if command == "kernels" else ["--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        cli.main([command, str(folder), *words, "--dtype", "float8"])
+    error = capsys.readouterr().err
+    assert error.startswith("error: dtype must be one of float32, ")
+    assert error.endswith("float16, but is 'float8'\n")

@@ -313,7 +313,6 @@ def test_a_share_out_of_range_is_refused(keep):
         {"of": "layers"},
         {"inputs": "mine"},
         {"moment": "third"},
-        {"dtype": "int8"},
         {"sweeps": 0},
         {"tokens": 0},
         {"window": -1},
@@ -322,6 +321,11 @@ def test_a_share_out_of_range_is_refused(keep):
 def test_other_choices_out_of_range_are_refused(chosen):
     with pytest.raises(PlanError, match=next(iter(chosen))):
         Options(**chosen)
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(DtypeError, match="float32.*int8"):
+        Options(dtype="int8")
 
 
 def test_an_unknown_structure_is_refused():

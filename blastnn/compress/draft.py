@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from blastnn.compress.options import DTYPES, Options
+from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan, plan_from_file
 from blastnn.compress.walker import Walker
+from blastnn.dtypes import DTYPES, dtype_named
 from blastnn.models.source import ModelFolder, Say, open_model
 from blastnn.quantization import stored_bytes
 
@@ -95,6 +96,6 @@ def draft_job(
 
 def _output_dtype(folder: ModelFolder, options: Options) -> torch.dtype:
     if options.dtype is not None:
-        return DTYPES[options.dtype]
+        return dtype_named(options.dtype)
     stored = getattr(folder.config, "dtype", None)
     return next((dtype for dtype in DTYPES.values() if dtype == stored), torch.float32)

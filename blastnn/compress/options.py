@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-import torch
-
+from blastnn.dtypes import dtype_named
 from blastnn.errors import PlanError
 from blastnn.quantization import Quantization, quantization_named
 from blastnn.structures import structure_named
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 PARTS = ("targets", "model")
 INPUTS = ("compressed", "dense")
 MOMENTS = ("full", "diagonal")
@@ -73,8 +67,8 @@ class Options:
         for name, known in (("of", PARTS), ("inputs", INPUTS), ("moment", MOMENTS)):
             if getattr(self, name) not in known:
                 raise PlanError(f"{name} must be one of {known}, but is {getattr(self, name)!r}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise PlanError(f"dtype must be one of {sorted(DTYPES)}, but is {self.dtype!r}")
+        if self.dtype is not None:
+            dtype_named(self.dtype)
         structure = structure_named(self.structure)
         if self.blocks is not None and "blocks" not in structure.__dataclass_fields__:
             raise PlanError(f"a {self.structure} has no blocks to count; leave the blocks out")

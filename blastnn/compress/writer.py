@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from blastnn.checkpoint import StoredLayer, quantization_config
 from blastnn.compress.walker import Walker
+from blastnn.dtypes import name_of
 from blastnn.files import read_json, write_json, write_tensors
 from blastnn.linear import StructuredLinear
 from blastnn.models.tensors import INDEX, TensorFolder
@@ -121,7 +122,7 @@ class Writer:
     def _config(self, layers: Mapping[str, StoredLayer]) -> dict[str, Any]:
         config: dict[str, Any] = read_json(self.walker.folder.path / "config.json")
         config.pop("torch_dtype", None)
-        config["dtype"] = str(self.dtype).removeprefix("torch.")
+        config["dtype"] = name_of(self.dtype)
         config["architectures"] = [type(self.walker.model).__name__]
         if self.head:
             config["tie_word_embeddings"] = False

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from blastnn.dtypes import name_of
 from blastnn.errors import ModelError
 from blastnn.evaluate import peak
 from blastnn.evaluate.bench_options import BenchOptions
@@ -67,7 +68,7 @@ def bench(
     return {
         "format": FORMAT,
         "models": {"dense": against, "compressed": model},
-        "dtype": str(dense.dtype).removeprefix("torch."),
+        "dtype": name_of(dense.dtype),
         "machine": describe(),
         "ceilings": limits,
         "energy": {"source": meter.source, "not_measured": meter.reason},

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from blastnn.dtypes import dtype_named
 from blastnn.errors import ExportError
 from blastnn.evaluate.score import open_any
 from blastnn.integrations.export import as_function, example_inputs
@@ -65,10 +66,10 @@ def export_folder(
         threads: of ONNX Runtime; None means as many as torch has.
 
     Raises:
+        DtypeError: a dtype that ONNX Runtime has no products for.
         ExportError: what cannot be exported or written; outputs that differ (the file is removed).
     """
-    if dtype not in DTYPES:
-        raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}")
+    dtype_named(dtype, among=DTYPES)
     check_target(output, overwrite)
     count = threads or torch.get_num_threads()
     written, rows = _checked_export(folder, output, dtype, overwrite)
@@ -95,7 +96,7 @@ def export_folder(
 def _checked_export(
     folder: str, output: Path, dtype: str, overwrite: bool
 ) -> tuple[OnnxFile, list[Agreement]]:
-    model = load_model(open_any(folder), dtype=DTYPES[dtype])
+    model = load_model(open_any(folder), dtype=dtype_named(dtype, among=DTYPES))
     written = export_onnx(model, output, overwrite=overwrite)
     rows = check_agreement(model, written)
     worst = max(rows, key=lambda row: row.relative)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from blastnn.checkpoint import StoredLayer, check_factors, read_layers
+from blastnn.dtypes import dtype_named
 from blastnn.errors import CheckpointError, ModelError
 from blastnn.evaluate.perplexity import PROTOCOL, perplexity
 from blastnn.evaluate.probe import matches
@@ -124,15 +125,12 @@ def explain_kernels(
 
     Raises:
         CheckpointError: not a folder that blastnn compressed.
-        ModelError: no such dtype.
+        DtypeError: no such dtype.
     """
-    layers = read_layers(folder)
-    number = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in number:
-        raise ModelError(f"dtype must be one of {sorted(number)}, but is {dtype!r}")
+    number, layers = dtype_named(dtype), read_layers(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = [(layer.spec, layer.quantization) for layer in layers.values()]
-    rows = explain(weights, device, number[dtype], tokens)
+    rows = explain(weights, device, number, tokens)
     if save:
         write_json(folder / KERNELS_FILE, winners(rows))
     return rows

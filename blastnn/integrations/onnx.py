@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
+from blastnn.dtypes import dtype_named
 from blastnn.errors import ExportError
 from blastnn.integrations.export import export_program as export_program
 from blastnn.integrations.export import first_line, quietly
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {name: dtype_named(name) for name in ("float32", "float16")}
 # One protobuf file holds at most 2 GiB; larger weights go into a file of their own beside it.
 EXTERNAL_ABOVE = 2**30
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from blastnn.dtypes import name_of
 from blastnn.errors import CheckpointError
 from blastnn.kernels import processor
 from blastnn.kernels.dispatch import choose, prefer
@@ -60,7 +61,7 @@ def explain(
             "layers": count,
             "quantized": None if quantization is None else vars(quantization),
             "device": device,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name_of(dtype),
             "kernel": choice.name,
             "passed_over": choice.passed_over,
             "predicted_speedup": predicted_speedup(spec),

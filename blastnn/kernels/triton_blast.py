@@ -16,6 +16,7 @@ import os
 import torch
 from torch import Tensor
 
+from blastnn.dtypes import name_of
 from blastnn.structures import Blast, Factors, Structure
 
 NAME = "triton"
@@ -32,7 +33,7 @@ def obstacle(spec: Structure, device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda":
         return f"needs a CUDA device, not {device}"
     if dtype not in DTYPES:
-        return f"multiplies float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        return f"multiplies float32, bfloat16 and float16, not {name_of(dtype)}"
     if max(spec.blocks) > MOST_BLOCKS:
         return f"takes at most {MOST_BLOCKS} blocks a side, not {max(spec.blocks)}"
     if importlib.util.find_spec("triton") is None:
