@@ -32,7 +32,7 @@ from blastnn.compress.plan import (
     make_plan,
     plan_from_file,
 )
-from blastnn.errors import BlastnnError, PlanError, StructureError
+from blastnn.errors import BlastnnError, DtypeError, PlanError, StructureError
 from blastnn.files import write_json
 from blastnn.models.skeleton import find_blocks
 from blastnn.structures import STRUCTURES, Blast, Structure
