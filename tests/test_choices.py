@@ -61,6 +61,7 @@ def test_a_dtype_that_does_not_exist_is_refused_with_those_that_do(
 ) -> None:
     folder = make_folder(tmp_path / "dense")
     words = [] if command == "kernels" else ["--output", str(tmp_path / "out")]
+    capsys.readouterr()  # of saving the model
     with pytest.raises(SystemExit):
         cli.main([command, str(folder), *words, "--dtype", "float8"])
     error = capsys.readouterr().err
