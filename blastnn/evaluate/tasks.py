@@ -3,7 +3,7 @@
 ``score_tasks`` scores one model, ``compare_scores`` puts two results side by side. Both results are
 plain JSON, so a dense model needs to be scored only once. The same rows are put to both models;
 the standard error of a difference is therefore that of the differences row by row, which is
-smaller than what the two standard errors add up to.
+usually smaller than what the two standard errors add up to.
 """
 
 from __future__ import annotations
