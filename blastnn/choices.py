@@ -30,7 +30,7 @@ StructureName = Annotated[str | None, typer.Option(help=f"one of {', '.join(sort
 Blocks = Annotated[
     str | None,
     typer.Option(
-        help="block counts, b or b1,b2, of structures that have blocks; default: for blast the "
+        help="block counts, b or b1xb2, of structures that have blocks; default: for blast the "
         "preset's (best: 8), else the structure's own (blast: 4)"
     ),
 ]
@@ -46,6 +46,10 @@ Moment = Annotated[
 ]
 CalibrationTokens = Annotated[
     int | None, typer.Option("--calibration-tokens", help="tokens to calibrate with")
+]
+SweepTokens = Annotated[
+    int | None,
+    typer.Option("--tokens", "--calibration-tokens", help="tokens to calibrate with"),
 ]
 Window = Annotated[int | None, typer.Option(help="tokens in a sequence")]
 Damping = Annotated[float | None, typer.Option(help="of the second moments")]
@@ -70,12 +74,14 @@ Device = Annotated[str, typer.Option(help="cpu or cuda")]
 
 
 @dataclass(frozen=True)
-class PlanChoices:
-    """What decides a plan: a preset, and the fields of ``Options`` that replace its values."""
-
+class _BudgetChoices:
     keep: Share = None
-    of: Whose = None
     structure: StructureName = None
+
+
+@dataclass(frozen=True)
+class _TargetChoices:
+    of: Whose = None
     blocks: Blocks = None
     targets: Targets = None
     preset: Preset = "default"
@@ -92,19 +98,35 @@ class PlanChoices:
 
 
 @dataclass(frozen=True)
-class JobChoices(PlanChoices):
-    """What decides the bytes of a compressed model, its calibration text aside."""
-
-    solver: Solver = None
+class _FitChoices:
     sweeps: Sweeps = None
-    inputs: Inputs = None
-    moment: Moment = None
     tokens: CalibrationTokens = None
     window: Window = None
     damping: Damping = None
     dtype: Dtype = None
     quantize: Quantize = None
     seed: Seed = None
+
+
+@dataclass(frozen=True)
+class PlanChoices(_TargetChoices, _BudgetChoices):
+    """What decides a plan: a preset, and the fields of ``Options`` that replace its values."""
+
+
+@dataclass(frozen=True)
+class JobChoices(_FitChoices, PlanChoices):
+    """What decides the bytes of a compressed model, its calibration text aside."""
+
+    solver: Solver = None
+    inputs: Inputs = None
+    moment: Moment = None
+
+
+@dataclass(frozen=True)
+class SweepChoices(_FitChoices, _TargetChoices):
+    """What all cells of a sweep have in common: not what its methods and shares decide."""
+
+    tokens: SweepTokens = None  # scored ones have a name of their own here
 
 
 @dataclass(frozen=True)
@@ -150,11 +172,11 @@ def unpacked(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_blocks(text: str | None) -> tuple[int, int] | None:
-    """``"4"`` or ``"4,8"`` as a pair; PlanError otherwise."""
+    """``"4"`` or ``"4x8"`` (or ``"4,8"``) as a pair; PlanError otherwise."""
     if text is None:
         return None
-    parts = text.split(",")
+    parts = text.replace("x", ",").split(",")
     if not 1 <= len(parts) <= 2 or not all(part.strip().isdigit() for part in parts):
-        raise PlanError(f"--blocks takes one number or two like 4,8, but was given {text!r}")
+        raise PlanError(f"--blocks takes one number or two like 4x8, but was given {text!r}")
     numbers = [int(part) for part in parts]
     return numbers[0], numbers[-1]

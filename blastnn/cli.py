@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from blastnn.choices import BenchChoices, JobChoices, PlanChoices, unpacked
+from blastnn.choices import BenchChoices, JobChoices, PlanChoices, SweepChoices, unpacked
 from blastnn.compress.report import DEFAULT_TOKENS
 from blastnn.errors import BlastnnError, PlanError
 from blastnn.version import __version__
@@ -21,6 +21,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 Model = Annotated[str, typer.Argument(help="demo, a folder, a .gguf file, or a hub id owner/name")]
 Folder = Annotated[str, typer.Argument(help="model folder, compressed or dense, or demo")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON value instead of text")]
+Calibration = Annotated[
+    list[str] | None, typer.Option(help="calibration text, repeatable; none for no data")
+]
 ScoredTokens = Annotated[int, typer.Option("--tokens", help="tokens of each text to score")]
 
 
@@ -30,9 +33,7 @@ def compress(
     model: Model,
     choices: JobChoices,
     output: Annotated[Path | None, typer.Option(help="folder to write to")] = None,
-    calibration: Annotated[
-        list[str] | None, typer.Option(help="calibration text, repeatable; none for no data")
-    ] = None,
+    calibration: Calibration = None,
     text: Annotated[list[str] | None, typer.Option(help="text to measure on; repeatable")] = None,
     scored_tokens: ScoredTokens = DEFAULT_TOKENS,
     plan: Annotated[Path | None, typer.Option(help="plan file written by blastnn plan")] = None,
@@ -53,7 +54,10 @@ def compress(
         return
     if output is None:
         raise PlanError("give --output DIR, the folder to write to (or --dry-run)")
-    with hint_on_interrupt(), make_progress(quiet=as_json) as progress:
+    with (
+        hint_on_interrupt("the same command with --resume goes on"),
+        make_progress(quiet=as_json) as progress,
+    ):
         report, fresh = compress_checkpoint(
             model,
             output,
@@ -152,6 +156,48 @@ def generate(
         model, tokenizer, prompt, max_tokens, temperature, seed, compiled, say=_note
     )
     typer.echo(prompt + answer)
+
+
+@app.command()
+@unpacked
+def sweep(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="folder to write to, or to go on in")],
+    method: Annotated[list[str], typer.Option(help="how to compress; repeatable")],
+    keep: Annotated[list[float], typer.Option(help="share to keep, in (0, 1]; repeatable")],
+    choices: SweepChoices,
+    reference: Annotated[
+        str | None, typer.Option(help="method that others are divided by; default: whitened-svd")
+    ] = None,
+    calibration: Calibration = None,
+    text: Annotated[list[str] | None, typer.Option(help="text to score; repeatable")] = None,
+    scored_tokens: Annotated[
+        int, typer.Option(help="tokens of each text to score")
+    ] = DEFAULT_TOKENS,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="leave the compressed models in the folder")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare methods at several sizes: one table, one picture; the same command goes on."""
+    from blastnn.display import SweepReporter, print_sweep
+    from blastnn.sweep import Sweep, run_sweep
+
+    asked = Sweep(
+        model,
+        methods=tuple(method),
+        keeps=tuple(keep),
+        common=choices.options(),
+        calibration=parse_calibration(calibration),
+        texts=text,
+        scored_tokens=scored_tokens,
+        reference=reference,
+    )
+    with hint_on_interrupt("the same command goes on"), SweepReporter() as progress:
+        values = run_sweep(asked, output, keep_models=keep_models, progress=progress)
+    print_sweep(values, output, as_json)
+    if any(values["cells"][cell.name]["status"] == "failed" for cell in asked.cells):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -282,17 +328,17 @@ def one_line_errors() -> Iterator[None]:
         _fail(str(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _fail(f"the disk is full ({error}); free some space and repeat with --resume")
+            _fail(f"the disk is full ({error}); free some space, then go on (compress: --resume)")
         _fail(str(error))
 
 
 @contextmanager
-def hint_on_interrupt() -> Iterator[None]:
+def hint_on_interrupt(how: str) -> Iterator[None]:
     """Ctrl-C in a long job ends it with a word on how to go on, and exit status 130."""
     try:
         yield
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on from here", file=sys.stderr)
+        print(f"\nstopped; {how} from here", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -21,6 +21,7 @@ FLOORS = [
     {"integrations"},
     {"evaluate"},
     {"compress"},
+    {"sweep"},
     {"choices", "display"},
     {"cli"},
     {"__main__", "__init__"},

@@ -6,18 +6,19 @@ from __future__ import annotations
 COLOURS = 8
 NAMED_KINDS = 2 * COLOURS
 
+_NAMES = ["paper", "card", "ink", "soft", "rule", "faint", "accent", "dense"]
+_NAMES += ["warn", "warn-back", "warn-rule", *(f"k{index}" for index in range(COLOURS))]
 _LIGHT = (
-    "--paper:#fafaf8;--card:#fff;--ink:#1c1e22;--soft:#62666f;--rule:#e3e3de;--faint:#f1f1ed;"
-    "--accent:#2f5bd0;--dense:#a7adb8;--warn:#8a4b00;--warn-back:#fff6e3;--warn-rule:#eac47c;"
-    "--k0:#2f5bd0;--k1:#e0692a;--k2:#22936a;--k3:#b8408f;--k4:#8d7412;--k5:#1690b0;--k6:#7c55cf;"
-    "--k7:#cb3a48;"
+    "#fafaf8 #fff #1c1e22 #62666f #e3e3de #f1f1ed #2f5bd0 #a7adb8 #8a4b00 #fff6e3 #eac47c "
+    "#2f5bd0 #e0692a #22936a #b8408f #8d7412 #1690b0 #7c55cf #cb3a48"
 )
 _DARK = (
-    "--paper:#131519;--card:#1a1d22;--ink:#e7e8ea;--soft:#9aa0aa;--rule:#2c3037;--faint:#21252b;"
-    "--accent:#85a7ff;--dense:#626a77;--warn:#ffcb80;--warn-back:#2b2214;--warn-rule:#6d5325;"
-    "--k0:#85a7ff;--k1:#ff9c66;--k2:#56c99a;--k3:#f285cc;--k4:#d6b64a;--k5:#4ccbe6;--k6:#b798ff;"
-    "--k7:#ff828b;"
+    "#131519 #1a1d22 #e7e8ea #9aa0aa #2c3037 #21252b #85a7ff #626a77 #ffcb80 #2b2214 #6d5325 "
+    "#85a7ff #ff9c66 #56c99a #f285cc #d6b64a #4ccbe6 #b798ff #ff828b"
 )
+# The colours of both themes by name, for pictures that stand outside the page as well.
+LIGHT = dict(zip(_NAMES, _LIGHT.split(), strict=True))
+DARK = dict(zip(_NAMES, _DARK.split(), strict=True))
 
 _BASE = """
 *{box-sizing:border-box}
@@ -175,6 +176,10 @@ thead th{position:static}
 """
 
 
+def _variables(theme: dict[str, str]) -> str:
+    return "".join(f"--{name}:{colour};" for name, colour in theme.items())
+
+
 def _kind_rules() -> str:
     """Give each kind its colour, and fade the others while one is pointed at."""
     colours = (f".k{index}{{--c:var(--k{index % COLOURS})}}" for index in range(NAMED_KINDS))
@@ -186,9 +191,9 @@ def _kind_rules() -> str:
 
 STYLE = "\n".join(
     (
-        f":root{{color-scheme:light dark;{_LIGHT}}}",
+        f":root{{color-scheme:light dark;{_variables(LIGHT)}}}",
         # Paper is white, whatever the screen is.
-        f"@media screen and (prefers-color-scheme:dark){{:root{{{_DARK}}}}}",
+        f"@media screen and (prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}",
         _BASE,
         _FIGURES,
         _CHARTS,

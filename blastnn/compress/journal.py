@@ -129,7 +129,7 @@ class Journal:
         values = read_json(path)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ResumeError(f"{path} is not a journal of this version of blastnn")
-        _refuse_changes(output, values["identity"], identity)
+        refuse_changes(output, values["identity"], identity)
         remove_parts(output)
         remove_parts(output / FOLDER)
         records = [LayerRecord(**record) for record in values["records"]]
@@ -156,8 +156,14 @@ def _occupied(output: Path) -> bool:
     return any(name != FOLDER for name in entries) or (output / FOLDER / JOURNAL).exists()
 
 
-def _refuse_changes(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare by key, so that the message can say what changed."""
+def refuse_changes(
+    output: Path, before: dict[str, Any], now: dict[str, Any], what: str = "job"
+) -> None:
+    """Compare identities by key, so that the message can say what changed.
+
+    Raises:
+        ResumeError: something did; ``what`` is in the folder with the identity ``before``.
+    """
     before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))
     changed = []
     for key in sorted(set(before) | set(now)):
@@ -170,7 +176,7 @@ def _refuse_changes(output: Path, before: dict[str, Any], now: dict[str, Any]) -
     if changed:
         shown = "; ".join(text if len(text) < 200 else f"{text[:200]}..." for text in changed[:5])
         raise ResumeError(
-            f"{output} holds a job with another model, options or calibration ({shown}); repeat "
+            f"{output} holds a {what} with another model, options or text ({shown}); repeat "
             "the original command, or choose another output folder"
         )
 

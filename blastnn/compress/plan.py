@@ -132,6 +132,19 @@ def make_plan(
         reasons |= {layer.name: layer.reason for layer in dropped}
 
 
+def find_targets(
+    model: nn.Module, blocks: list[str], patterns: tuple[str, ...], head: str | None
+) -> list[LinearInfo]:
+    """The layers that a plan compresses unless one is not worth it; arguments as ``make_plan``'s.
+
+    Raises:
+        PlanError: a pattern that matches nothing.
+    """
+    linears = find_linears(model)
+    _check_patterns(model, linears, blocks, patterns)
+    return [info for info in linears if _reason(info, blocks, patterns, head) is None]
+
+
 def _layer(
     info: LinearInfo, blocks: list[str], reason: str | None, options: Options, share: float
 ) -> LayerPlan:

@@ -23,10 +23,12 @@ from blastnn.compress.run import RunOutcome
 from blastnn.errors import BlastnnError
 from blastnn.files import read_json, write_json, write_text
 from blastnn.quantization import stored_bytes
+from blastnn.structures.grid import block_pair
 from blastnn.version import __version__
 
 FORMAT = "blastnn-report/1"
 JSON, HTML = "report.json", "report.html"
+NO_DATA = "no calibration text: the factorisation did not look at the model's inputs"
 NO_TEXT = "no text was given (--text FILE)"
 DEFAULT_TOKENS = 16384
 
@@ -43,11 +45,15 @@ def write_report(
     Raises:
         BlastnnError: the model just written could not be loaded and measured.
     """
-    measured = _measure(job, output, outcome, texts, tokens)
-    report = build_report(job, outcome, measured)
+    report = build_report(job, outcome, _measure(job, output, outcome, texts, tokens))
+    save_report(report, output)
+    return report
+
+
+def save_report(report: dict[str, Any], output: Path) -> None:
+    """Write a built report as a page and, last, as JSON."""
     write_text(output / HTML, render_html(report))
     write_json(output / JSON, report)
-    return report
 
 
 def _measure(
@@ -76,7 +82,10 @@ def _measure(
 
 
 def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dict[str, Any]:
-    """All that is known about a finished job, as plain JSON values."""
+    """All that is known about a finished job, as plain JSON values.
+
+    ``measured`` is what ``blastnn.evaluate.compare`` found, or the part of it that was asked for.
+    """
     journal = outcome.journal
     records = {record.name: asdict(record) for record in journal.records}
     coverage = [_row(layer, records.get(layer.name), job) for layer in job.plan.layers]
@@ -109,7 +118,7 @@ def _row(layer: LayerPlan, record: dict[str, Any] | None, job: Job) -> dict[str,
     """One line of the coverage table."""
     compressed = record is not None and record["status"] == "compressed"
     spec = layer.spec if compressed else None
-    blocks = getattr(spec, "blocks", None)
+    blocks = getattr(spec, "blocks", None)  # of a block-diagonal matrix one number
     how = job.options.quantization if spec else None
     dense_bytes = layer.dense_params * job.dtype.itemsize
     error, before = (
@@ -124,7 +133,7 @@ def _row(layer: LayerPlan, record: dict[str, Any] | None, job: Job) -> dict[str,
         "reason": layer.reason if record is None else record["reason"],
         "structure": spec.name if spec else None,
         "rank": getattr(spec, "rank", None),
-        "blocks": list(blocks) if blocks else None,
+        "blocks": list(block_pair(blocks)) if blocks else None,
         "solver": record["solver"] if record else None,
         "solver_status": record["solver_status"] if record else None,
         "params_before": layer.dense_params,
@@ -245,5 +254,5 @@ def warnings_of(job: Job, coverage: list[dict[str, Any]], verified: bool | None)
     if fallbacks:
         found.append(f"{len(fallbacks)} layers took a numerical fallback, e.g. {fallbacks[0]}")
     if job.windows is None:
-        found.append("no calibration text: the factorisation did not look at the model's inputs")
+        found.append(NO_DATA)
     return found

@@ -12,6 +12,8 @@ from blastnn.display.progress import make_progress as make_progress
 from blastnn.display.scores import print_scores as print_scores
 from blastnn.display.solvers import print_solvers as print_solvers
 from blastnn.display.summary import print_summary as print_summary
+from blastnn.display.sweep import SweepReporter as SweepReporter
+from blastnn.display.sweep import print_sweep as print_sweep
 from blastnn.display.table import print_json as print_json
 from blastnn.display.tasks import print_tasks as print_tasks
 from blastnn.display.tasks import task_progress as task_progress

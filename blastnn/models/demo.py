@@ -38,6 +38,8 @@ PREFIX = "demo:"
 
 CALIBRATION = ("demo:wiki-calibration", "demo:c4-calibration")
 TEST = ("demo:wiki-test", "demo:c4-test")
+# What methods are compared on: nothing is ever calibrated on the last.
+HELD_OUT = (*TEST, "demo:tiny-test")
 
 
 def prepare_model(say: Say) -> Path:
