@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from blastnn.compress.options import INPUTS, MOMENTS, PRESETS, Options
+from blastnn.compress.options import ALLOCATIONS, INPUTS, MOMENTS, PRESETS, Options
 from blastnn.dtypes import DTYPES
 from blastnn.errors import PlanError
 from blastnn.evaluate.bench_options import BenchOptions
@@ -59,6 +59,13 @@ Quantize = Annotated[
     typer.Option(help=f"store the large factors in few bits: {', '.join(sorted(QUANTIZATIONS))}"),
 ]
 Seed = Annotated[int | None, typer.Option(help="of the solver")]
+Allocation = Annotated[
+    str | None,
+    typer.Option(help=f"how the budget is shared out among the layers: {' or '.join(ALLOCATIONS)}"),
+]
+AllocationWindows = Annotated[
+    int | None, typer.Option(help="windows of calibration text to measure the allocation with")
+]
 AllowSlower = Annotated[
     bool | None,
     typer.Option(
@@ -106,6 +113,7 @@ class _FitChoices:
     dtype: Dtype = None
     quantize: Quantize = None
     seed: Seed = None
+    allocation_windows: AllocationWindows = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,7 @@ class JobChoices(_FitChoices, PlanChoices):
     solver: Solver = None
     inputs: Inputs = None
     moment: Moment = None
+    allocation: Allocation = None
 
 
 @dataclass(frozen=True)

@@ -218,13 +218,14 @@ def test_in_memory_of_any_module_and_of_a_known_family() -> None:
     plain = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 16))
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     x = torch.randn(200, 32)
-    result = blastnn.compress(plain, keep=0.9, calibration=[x], blocks=(2, 2))
+    choices = {"blocks": (2, 2), "allocation": "uniform"}
+    result = blastnn.compress(plain, keep=0.9, calibration=[x], **choices)
     error = (result.model(x) - plain(x)).norm() / plain(x).norm()
     assert [record.status for record in result.records] == ["compressed", "compressed"]
     assert error < 0.5
     assert all(torch.equal(before[name], value) for name, value in plain.state_dict().items())
     model = make_model("llama")
     ids = torch.randint(0, 256, (4, 64))
-    walked = blastnn.compress(model, keep=0.6, calibration=list(ids.split(1)), blocks=(2, 2))
+    walked = blastnn.compress(model, keep=0.6, calibration=list(ids.split(1)), **choices)
     assert isinstance(walked.model.model.layers[2].mlp.down_proj, StructuredLinear)
     assert type(model.model.layers[2].mlp.down_proj) is torch.nn.Linear

@@ -195,7 +195,8 @@ def test_inspect_counts_the_bytes_that_are_there(job):
 def test_in_memory():
     plain = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 16))
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
-    result = blastnn.compress(plain, keep=0.9, calibration=[x], blocks=(2, 2), quantize="int8")
+    choices = {"blocks": (2, 2), "allocation": "uniform", "quantize": "int8"}
+    result = blastnn.compress(plain, keep=0.9, calibration=[x], **choices)
     assert [layer.quantization for layer in (result.model[0], result.model[2])] == [
         QUANTIZATIONS["int8"]
     ] * 2

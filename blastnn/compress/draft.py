@@ -19,13 +19,17 @@ from blastnn.quantization import stored_bytes
 
 @dataclass
 class Draft:
-    """What is known of a compression before any text or weight has been read."""
+    """What is known of a compression before any text or weight has been read.
+
+    ``plan_given`` says that the plan is a file's, to be followed as it is.
+    """
 
     folder: ModelFolder
     options: Options
     walker: Walker
     plan: Plan
     dtype: torch.dtype
+    plan_given: bool
 
     @property
     def head(self) -> LayerPlan | None:
@@ -91,7 +95,8 @@ def draft_job(
     plan = make_plan(walker.model, walker.block_names, options, walker.head, walker.loader.tied)
     if plan_file is not None:
         plan = plan_from_file(plan, plan_file, walker.head)
-    return Draft(folder, options, walker, plan, _output_dtype(folder, options))
+    dtype, given = _output_dtype(folder, options), plan_file is not None
+    return Draft(folder, options, walker, plan, dtype, given)
 
 
 def _output_dtype(folder: ModelFolder, options: Options) -> torch.dtype:

@@ -46,6 +46,22 @@ def calibration_section(report: Report) -> Html:
     return section("Calibration", pairs(facts), _sources(sources) if sources else "")
 
 
+def allocation_section(report: Report) -> Html:
+    """Return how the budget was shared out among the layers."""
+    allocation = report.get("allocation")
+    if not allocation:
+        return section("Allocation", absent("allocation", "none recorded"))
+    reason = part(allocation, "why_not_measured")
+    if reason:
+        return section("Allocation", note(f"As planned, not by measurement: {reason}."))
+    facts = [
+        ("Shared out", "by what each layer's directions matter to the model's output"),
+        ("Windows measured", count(part(allocation, "windows"))),
+        ("Layers kept dense for it", count(part(allocation, "kept_dense"))),
+    ]
+    return section("Allocation", pairs(facts))
+
+
 def _sources(sources: list[dict[str, Any]]) -> Html:
     rows = (
         (
@@ -77,7 +93,12 @@ def _value(value: object) -> object:
 def time_section(report: Report) -> Html:
     """Return how the time was spent."""
     timing = report.get("timing")
-    names = {"factorise": "Factorising", "forward": "Forward passes", "other": "Other"}
+    names = {
+        "factorise": "Factorising",
+        "forward": "Forward passes",
+        "allocate": "Measuring for the allocation",
+        "other": "Other",
+    }
     spent = {title: finite(part(timing, key)) for key, title in names.items()}
     known = [(title, seconds) for title, seconds in spent.items() if seconds is not None]
     if not known:

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blastnn.compress.allocate import allocate
 from blastnn.compress.block import BlockCompressor, LayerRecord, Streams, fit_layer
 from blastnn.compress.moments import Moments, MomentSum
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
+from blastnn.compress.spectrum import spectra_of
 from blastnn.errors import CalibrationError, PlanError
 from blastnn.evaluate.probe import probe_arguments
 from blastnn.models.families import FAMILIES
 from blastnn.models.linears import dense_weight
 from blastnn.models.skeleton import find_blocks
-from blastnn.models.walk import capture_input, record_calls
+from blastnn.models.walk import capture_input, first_tensor, record_calls
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -96,6 +98,7 @@ def _by_blocks(
     blocks = find_blocks(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     plan = make_plan(model, [block.name for block in blocks], options, None, tied)
+    plan = _allocated(model, plan, options, batches)
     dtype = next(iter(blocks[0].module.parameters())).dtype
     compressor = BlockCompressor(options, dtype, lambda *_: None)
     trace, streams = None, None
@@ -119,11 +122,11 @@ def _by_blocks(
 def _as_one_block(
     model: nn.Module, options: Options, batches: list[Batch] | None
 ) -> CompressionResult:
-    plan = make_plan(model, [""], options, None, [])
-    wanted = list(plan.compressed)
-    moments = None if batches is None else _dense_moments(model, wanted, batches, options.moment)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise PlanError("the model has parameters on the meta device; load its weights first")
+    plan = _allocated(model, make_plan(model, [""], options, None, []), options, batches)
+    wanted = list(plan.compressed)
+    moments = None if batches is None else _dense_moments(model, wanted, batches, options.moment)
     records = [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.spec is None]
     for layer in wanted:
         if moments is not None and layer.name not in moments:
@@ -137,6 +140,32 @@ def _as_one_block(
         _replace(model, layer.name, fitted.to(dtype))
         records.append(LayerRecord(layer.name, "compressed", **fields))
     return CompressionResult(model, plan, records)
+
+
+def _allocated(model: nn.Module, plan: Plan, options: Options, batches: list[Batch] | None) -> Plan:
+    """The plan with its budget allocated as ``options`` say, as far as there is anything to
+    measure it with.
+    """
+    if options.allocation == "uniform" or batches is None:
+        return plan
+    count = min(options.allocation_windows, len(batches))
+    chosen = [batches[index * len(batches) // count] for index in range(count)]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    model.requires_grad_(False)
+    spectra = spectra_of(
+        model,
+        [layer.name for layer in plan.compressed],
+        [partial(_output, model, batch) for batch in chosen],
+        isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None,
+        options.seed,
+    )
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+    return allocate(plan, spectra, options)
+
+
+def _output(model: nn.Module, batch: Batch) -> Tensor:
+    return first_tensor(_call(model, batch))
 
 
 def _dense_moments(

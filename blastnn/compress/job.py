@@ -36,6 +36,9 @@ class Progress:
     def planned(self, plan: Plan, finished: Sequence[LayerRecord]) -> None:
         """The job is about to start, or to go on behind the ``finished`` layers."""
 
+    def measured(self, done: int, total: int) -> None:
+        """The measurement of how much layers matter has done one more of its steps."""
+
     def layer(self, plan: LayerPlan, record: LayerRecord) -> None:
         """A layer is done."""
 

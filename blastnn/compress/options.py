@@ -13,6 +13,7 @@ from blastnn.structures import structure_named
 PARTS = ("targets", "model")
 INPUTS = ("compressed", "dense")
 MOMENTS = ("full", "diagonal")
+ALLOCATIONS = ("measured", "uniform")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Options:
         dtype: of the written tensors; None keeps the source's.
         quantize: ``int8`` or ``int4`` stores the large factors in few bits; None does not.
         seed: of the solver.
+        allocation: how the budget is shared out among the layers: ``measured`` by what each one's
+            directions matter to the model's output (``sensitivity.py``, ``allocate.py``), or
+            ``uniform``, the same share of every layer.
+        allocation_windows: how many windows of the calibration text to measure that with.
         allow_slower: whether to compress layers also where the product is expected to be slower
             than the dense one (``blastnn.kernels.worth``); otherwise such a layer gets fewer blocks
             or stays dense.
@@ -59,12 +64,19 @@ class Options:
     dtype: str | None = None
     quantize: str | None = None
     seed: int = 0
+    allocation: str = "measured"
+    allocation_windows: int = 8
     allow_slower: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:
             raise PlanError(f"keep must be in (0, 1], the share to keep, but is {self.keep}")
-        for name, known in (("of", PARTS), ("inputs", INPUTS), ("moment", MOMENTS)):
+        for name, known in (
+            ("of", PARTS),
+            ("inputs", INPUTS),
+            ("moment", MOMENTS),
+            ("allocation", ALLOCATIONS),
+        ):
             if getattr(self, name) not in known:
                 raise PlanError(f"{name} must be one of {known}, but is {getattr(self, name)!r}")
         if self.dtype is not None:
@@ -74,7 +86,7 @@ class Options:
             raise PlanError(f"a {self.structure} has no blocks to count; leave the blocks out")
         if self.quantize is not None:
             quantization_named(self.quantize)
-        for name in ("sweeps", "tokens", "window"):
+        for name in ("sweeps", "tokens", "window", "allocation_windows"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, but is {getattr(self, name)}")
 

@@ -20,6 +20,7 @@ from blastnn.structures import Structure, spec_from_json, structure_named
 FORMAT = "blastnn-plan/1"
 OUTSIDE = "outside the blocks; name it in targets to compress it"
 UNTARGETED = "not among the targets"
+ALLOCATED = "stays dense: its share of the budget is best spent whole"
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,15 @@ class Plan:
         return tuple(layer for layer in self.layers if layer.spec is not None)
 
     @property
+    def targets(self) -> tuple[LayerPlan, ...]:
+        """The layers that share the budget: the compressed ones, and those that it keeps dense."""
+        return tuple(la for la in self.layers if la.spec is not None or la.reason == ALLOCATED)
+
+    @property
     def target_params(self) -> tuple[int, int]:
-        """Parameters of the compressed layers' matrices, before and after."""
-        before = sum(layer.dense_params for layer in self.compressed)
-        return before, sum(layer.planned_params for layer in self.compressed)
+        """Parameters of the targeted layers' matrices, before and after."""
+        before = sum(layer.dense_params for layer in self.targets)
+        return before, sum(layer.planned_params for layer in self.targets)
 
     def of_block(self, index: int) -> list[LayerPlan]:
         """The layers of one block."""
@@ -152,16 +158,21 @@ def _layer(
     if reason is None and share >= 1.0:
         reason = "keep is 1: nothing to remove"
     if reason is None:
-        spec, reason = _worthwhile(info, options, int(share * info.num_params))
+        spec, reason = worthwhile_spec(info, options, int(share * info.num_params))
     block, kind = _place(info.name, blocks)
     return LayerPlan(info.name, kind, block, info.out_features, info.in_features, spec, reason)
 
 
-def _worthwhile(
-    info: LinearInfo, options: Options, params: int
+def worthwhile_spec(
+    layer: LinearInfo | LayerPlan, options: Options, params: int, step: int = 1
 ) -> tuple[Structure | None, str | None]:
-    """A spec that is no slower than dense, with fewer blocks if need be; or why there is none."""
-    first = spec = _spec(info, options, params, options.blocks)
+    """A spec of at most ``params`` parameters that is no slower than dense, with fewer blocks if
+    need be and its rank a multiple of ``step``; or why there is none.
+
+    Raises:
+        PlanError: the budget is less than the smallest rank takes.
+    """
+    first = spec = _spec(layer, options, params, options.blocks, step)
     while not options.allow_slower:
         speedup = predicted_speedup(spec)
         if speedup is None or speedup >= 1.0:
@@ -170,21 +181,25 @@ def _worthwhile(
         if blocks == getattr(spec, "blocks", (1, 1)):
             best = predicted_speedup(first) or 0.0
             return None, f"{first.name} would be slower than dense: {best:.2f} times its speed"
-        spec = _spec(info, options, params, blocks)
+        spec = _spec(layer, options, params, blocks, step)
     return spec, None
 
 
 def _spec(
-    info: LinearInfo, options: Options, params: int, blocks: tuple[int, ...] | None
+    layer: LinearInfo | LayerPlan,
+    options: Options,
+    params: int,
+    blocks: tuple[int, ...] | None,
+    step: int,
 ) -> Structure:
     structure = structure_named(options.structure)
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {} if step == 1 else {"step": step}
     if blocks is not None:
         extra["blocks"] = blocks
     try:
-        return structure.for_budget(info.out_features, info.in_features, params, **extra)
+        return structure.for_budget(layer.out_features, layer.in_features, params, **extra)
     except ValueError as error:
-        raise PlanError(f"layer {info.name}: {error}") from error
+        raise PlanError(f"layer {layer.name}: {error}") from error
 
 
 def _share_of_targets(options: Options, total: int, targeted: int) -> float:

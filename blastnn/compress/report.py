@@ -17,8 +17,9 @@ import torch
 
 from blastnn.compress.html import render_html
 from blastnn.compress.job import Job, window_length
+from blastnn.compress.measured_plan import measured_windows, why_uniform
 from blastnn.compress.memory_use import HOW
-from blastnn.compress.plan import LayerPlan
+from blastnn.compress.plan import ALLOCATED, LayerPlan
 from blastnn.compress.run import RunOutcome
 from blastnn.errors import BlastnnError
 from blastnn.files import read_json, write_json, write_text
@@ -101,6 +102,7 @@ def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dic
         },
         "options": job.options.to_json(),
         "keep": _keep(job, coverage),
+        "allocation": _allocation(job),
         "quantization": _quantization(job, coverage),
         "calibration": _calibration(job),
         "coverage": coverage,
@@ -149,7 +151,7 @@ def _row(layer: LayerPlan, record: dict[str, Any] | None, job: Job) -> dict[str,
 
 def _keep(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any]:
     """Asked and achieved, of the targets and of the whole model, in parameters and bytes."""
-    targeted = [row for row in coverage if row["status"] == "compressed"]
+    targeted = [r for r in coverage if r["status"] == "compressed" or r["reason"] == ALLOCATED]
     before = sum(row["params_before"] for row in targeted)
     after = sum(row["params_after"] for row in targeted)
     stored = job.folder.tensors.num_bytes
@@ -175,6 +177,17 @@ def _keep(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any]:
             "params": _share(total, rest + after),
             "bytes": _share(stored, rest * size + after_bytes),
         },
+    }
+
+
+def _allocation(job: Job) -> dict[str, Any]:
+    """How the budget was shared out among the targeted layers, and why not by measurement."""
+    reason = why_uniform(job)
+    return {
+        "how": "measured" if reason is None else "as planned",
+        "why_not_measured": reason,
+        "windows": None if reason else measured_windows(job).shape[0],
+        "kept_dense": sum(layer.reason == ALLOCATED for layer in job.plan.layers),
     }
 
 
@@ -216,6 +229,7 @@ def _timing(seconds: dict[str, float], sittings: int) -> dict[str, Any]:
         "total": total,
         "factorise": seconds.get("factorise", 0.0),
         "forward": seconds.get("forward", 0.0),
+        "allocate": seconds.get("allocate", 0.0),
         "other": other,
         "other_share": other / total if total else 0.0,
         "sittings": sittings,

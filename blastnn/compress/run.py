@@ -21,6 +21,7 @@ from blastnn.compress.block import BlockCompressor, Streams
 from blastnn.compress.head import compress_head
 from blastnn.compress.job import Job
 from blastnn.compress.journal import Journal, Lock
+from blastnn.compress.measured_plan import settle_plan
 from blastnn.compress.memory_use import PeakMemory, give_memory_back
 from blastnn.compress.writer import Writer
 from blastnn.errors import ResumeError
@@ -47,6 +48,7 @@ def run_job(job: Job, output: Path, resume: bool = False) -> RunOutcome:
     """
     journal = Journal.open(output, job.identity(), resume)
     with Lock(output), PeakMemory() as memory:
+        job.plan = settle_plan(job, journal)
         if journal.weights_done:
             return RunOutcome(journal, None, already_finished=True)
         _check_space(job, output)

@@ -6,7 +6,8 @@ states that enter the first block, and once more at the end for the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from blastnn.evaluate.probe import output_of, probe_arguments
 from blastnn.models.skeleton import Block, WeightLoader, build_skeleton, find_blocks, names_below
 from blastnn.models.source import ModelFolder
-from blastnn.models.walk import Trace, capture_input, record_calls, run_tail
+from blastnn.models.walk import Trace, capture_input, first_tensor, record_calls, run_tail
 
 
 class Walker:
@@ -72,6 +73,24 @@ class Walker:
         hidden = [capture_input(partial(run, window), self.blocks) for window in windows]
         self.loader.release([*self.outside, *self.names_of(0)])
         return trace, hidden
+
+    @contextmanager
+    def tail(self, trace: Trace) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """What stands behind the blocks as a function of their output and one window of ids.
+
+        Its weights are in memory while the context is open; gradients pass through it.
+        """
+        self._load_outside(torch.float32, head=True)
+
+        def run(hidden: Tensor, ids: Tensor) -> Tensor:
+            @torch.enable_grad()
+            def forward() -> Any:
+                return self.model(ids, **_no_cache(self.model))
+
+            return first_tensor(run_tail(forward, self.blocks, trace.wrap, hidden))
+
+        yield run
+        self.loader.release(self.outside)
 
     @torch.no_grad()
     def leave(

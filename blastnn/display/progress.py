@@ -69,6 +69,11 @@ class Reporter(Progress):
 class PlainReporter(Reporter):
     """One line a layer, for pipes and files."""
 
+    def measured(self, done: int, total: int) -> None:
+        """Say so ten times, and at the end."""
+        if done % max(total // 10, 1) == 0 or done == total:
+            self.say(f"measured {done} of {total} passes of a block")
+
     def layer(self, plan: LayerPlan, record: LayerRecord) -> None:
         """Print the layer's cells."""
         cells = zip(COLUMNS[1:], self.row(plan, record)[1:], strict=True)
@@ -95,6 +100,10 @@ class LiveReporter(Reporter):
         """Add the layer and redraw."""
         self._rows.append(self.row(plan, record))
         self._draw()
+
+    def measured(self, done: int, total: int) -> None:
+        """Show how much of the measurement is done."""
+        self._live.update(f"measured {done} of {total} passes of a block")
 
     def block(self, index: int, total: int) -> None:
         """Show how many blocks are written."""

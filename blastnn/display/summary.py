@@ -29,6 +29,12 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
                 f"{part:8}{unit:7}{share['before']:>13,} -> {share['after']:>13,}  "
                 f"kept {share['kept']:.2%}{asked}"
             )
+    allocation = report["allocation"]
+    if allocation["why_not_measured"] is None:
+        console.print(
+            f"budget shared out by measurement on {allocation['windows']} windows; "
+            f"{allocation['kept_dense']} layers stay dense for it"
+        )
     if report.get("quantization"):
         how = report["quantization"]
         error = how["error_added"]
@@ -43,8 +49,9 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
         _print_measured(console, measured)
     timing = report["timing"]
     console.print(
-        f"{timing['total']:.0f} s: factorisation {timing['factorise']:.0f}, forward passes "
-        f"{timing['forward']:.0f}, other {timing['other']:.0f} ({timing['other_share']:.1%})"
+        f"{timing['total']:.0f} s: allocation {timing['allocate']:.0f}, factorisation "
+        f"{timing['factorise']:.0f}, forward passes {timing['forward']:.0f}, other "
+        f"{timing['other']:.0f} ({timing['other_share']:.1%})"
     )
     peak = report["memory"]["peak_anonymous_bytes"]
     if peak is not None:

@@ -5,6 +5,7 @@ Ours:
 - ``blast``: BLAST (Lee et al. 2024, arXiv 2410.21262) fitted to data, one layer after the other on
   the compressed model's inputs. Whatever ``blastnn compress`` does by default.
 - ``blast-independent``: the same, every layer on the dense model's inputs.
+- ``blast-uniform``: the same, with the same share of the budget for every layer.
 
 Baselines, at the same budget:
 
@@ -15,6 +16,8 @@ Baselines, at the same budget:
 - ``whitened-svd``: the inputs whitened by their second moment, as in SVD-LLM (Wang et al. 2024,
   arXiv 2403.07378), every layer by itself on the dense model's inputs.
 - ``whitened-svd-sequential``: the same, one layer after the other on the compressed model's inputs.
+- ``whitened-svd-allocated``: ``whitened-svd`` with our allocation of the budget, which is not part
+  of the published method; all other baselines share it out uniformly.
 - ``monarch``: Monarch matrices (Dao et al. 2022, arXiv 2204.00595), projected block by block,
   without data, as the BLAST paper compares with them.
 - ``block-low-rank``: the same without the permutation of rows.
@@ -60,8 +63,9 @@ class Method:
         return replace(common, keep=keep, **{"blocks": blocks, **self.changes})
 
 
-_LOW_RANK = {"structure": "lowrank", "solver": "svd", "allow_slower": True}
-_PROJECTED = {"solver": "projection", "allow_slower": True}
+_UNIFORM = {"allocation": "uniform"}
+_LOW_RANK = {"structure": "lowrank", "solver": "svd", "allow_slower": True, **_UNIFORM}
+_PROJECTED = {"solver": "projection", "allow_slower": True, **_UNIFORM}
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -73,9 +77,14 @@ METHODS: dict[str, Method] = {
             {"structure": "blast", "inputs": "dense"},
         ),
         Method(
+            "blast-uniform",
+            "BLAST, the same share of every layer",
+            {"structure": "blast", **_UNIFORM},
+        ),
+        Method(
             "blast-free",
             "BLAST by Algorithm 2, no data (arXiv 2410.21262)",
-            {"structure": "blast", "solver": "precgd", "allow_slower": True},
+            {"structure": "blast", "solver": "precgd", "allow_slower": True, **_UNIFORM},
             calibrated=False,
         ),
         Method("svd", "truncated SVD, no data", _LOW_RANK, calibrated=False),
@@ -93,6 +102,11 @@ METHODS: dict[str, Method] = {
             "whitened-svd-sequential",
             "SVD with whitened inputs, layer after layer",
             {**_LOW_RANK, "inputs": "compressed", "moment": "full"},
+        ),
+        Method(
+            "whitened-svd-allocated",
+            "whitened SVD, layers independent, the budget shared out by our measurement",
+            {**_LOW_RANK, "inputs": "dense", "moment": "full", "allocation": "measured"},
         ),
         Method(
             "monarch",

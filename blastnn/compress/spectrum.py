@@ -1,0 +1,117 @@
+r"""How much each linear layer matters to the model's output, direction by direction.
+
+To second order, a change ``E`` of a layer's weight ``A`` raises the model's loss by
+``1/2 sum_t (g_t^T E x_t)^2``, with ``x_t`` the layer's input and ``g_t`` the gradient of the loss
+at its output. With the Kronecker-factored ``C = E[x x^T]`` and ``G = E[g g^T]`` (Martens and
+Grosse 2015) that is ``T/2 || G^(1/2) E C^(1/2) ||_F^2`` for ``T`` tokens, so the squared singular
+values of ``G^(1/2) A C^(1/2)``, the layer's *spectrum*, say what removing each direction costs,
+and are comparable between layers.
+
+The loss is the Kullback-Leibler divergence from the dense model's own predictions, whose
+second moment of gradients is that of labels drawn from them (the true Fisher information). A model
+without an output layer has ``1/2 || output ||^2`` instead, by random projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blastnn.models.linears import dense_weight
+
+# Added to a second moment, relative to its mean diagonal, before its Cholesky factor is taken.
+RIDGE = 1e-6
+
+Spectra = dict[str, list[float]]  # layer name -> falling squared singular values, nats per token
+
+
+def spectra_of(
+    model: nn.Module,
+    layers: Iterable[str],
+    runs: Iterable[Callable[[], Tensor]],
+    predictions: bool,
+    seed: int,
+) -> Spectra:
+    """The spectra of layers of a model in memory; layers that no run reaches have none.
+
+    Args:
+        model: its parameters must not require gradients.
+        layers: names of linear layers.
+        runs: each runs the model once, and gives its output.
+        predictions: whether the output is the logarithm of unnormalised probabilities.
+        seed: of the labels drawn.
+    """
+    sums = {name: SpectrumSum(model.get_submodule(name)) for name in layers}
+    with ExitStack() as stack, torch.enable_grad():
+        for total in sums.values():
+            stack.enter_context(total)
+        for index, run in enumerate(runs):
+            fisher_loss(run(), predictions, seed + index).backward()
+    return {name: total.finish() for name, total in sums.items() if total.reached}
+
+
+class SpectrumSum:
+    """Gathers, while open, what one layer's spectrum needs, in its smaller dimension.
+
+    A layer with no more outputs than inputs gathers ``G`` and ``A C A^T`` (the moment of its
+    outputs), any other ``C`` and ``A^T G A`` (the moment of the gradients that it hands down).
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._weight = dense_weight(layer).detach().float()
+        self._layer = layer
+        size = min(self._weight.shape)
+        self._outputs = self._weight.shape[0] <= self._weight.shape[1]
+        self._forward, self._backward = (torch.zeros(size, size).double() for _ in range(2))
+        self._tokens = 0
+        self.reached = False
+
+    def __enter__(self) -> None:
+        self._hook: Any = self._layer.register_forward_hook(self._listen)
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _listen(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0].detach().float().reshape(-1, args[0].shape[-1])
+        self._tokens += len(x)
+        forward = x @ self._weight.mT if self._outputs else x
+        self._forward += forward.mT @ forward
+
+        def hear(gradient: Tensor) -> None:
+            g = gradient.float().reshape(-1, gradient.shape[-1])
+            backward = g if self._outputs else g @ self._weight
+            self._backward += backward.mT @ backward
+            self.reached = True
+
+        # The first layers of a model with frozen weights: gradients begin here.
+        if not output.requires_grad:
+            output = output + torch.zeros((), dtype=output.dtype, requires_grad=True)
+        output.register_hook(hear)
+        return output
+
+    def finish(self) -> list[float]:
+        """Squared singular values of ``G^(1/2) A C^(1/2)``, falling: one similar to the product
+        of the two moments is ``L^T M L`` with ``L L^T`` the one and ``M`` the other.
+        """
+        root, other = self._forward / self._tokens, self._backward / self._tokens
+        ridge = RIDGE * root.diagonal().mean()
+        root.diagonal().add_(ridge + torch.finfo(root.dtype).tiny)
+        factor = torch.linalg.cholesky(root)
+        values = torch.linalg.eigvalsh(factor.mT @ other @ factor)
+        return [float(value) for value in values.clamp(min=0.0).flip(0)]
+
+
+def fisher_loss(output: Tensor, predictions: bool, seed: int) -> Tensor:
+    """A loss whose gradients have the second moment wanted: summed over a window's tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = output.reshape(-1, output.shape[-1])
+    if not predictions:
+        return (flat * torch.randn(flat.shape, generator=generator)).sum()
+    with torch.no_grad():
+        labels = torch.multinomial(flat.softmax(-1), 1, generator=generator)[:, 0]
+    return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")

@@ -1,0 +1,172 @@
+"""Where the budget goes: spectra against their definition, plans against their predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import blastnn
+from blastnn.compress.allocate import allocate
+from blastnn.compress.job import Job, Progress, prepare_job
+from blastnn.compress.measured_plan import MEASUREMENT, PLAN, measured_windows
+from blastnn.compress.options import Options
+from blastnn.compress.plan import ALLOCATED, LayerPlan, Plan
+from blastnn.compress.report import build_report
+from blastnn.compress.run import run_job
+from blastnn.compress.sensitivity import SensitivityPass
+from blastnn.compress.spectrum import SpectrumSum, spectra_of
+from blastnn.files import read_json
+from blastnn.models.walk import first_tensor
+from blastnn.structures import Blast
+from tests.made_up import TEXT, make_folder, make_model
+
+SMALL = {"keep": 0.6, "blocks": (2, 2), "tokens": 512, "window": 64, "sweeps": 2}
+PLANNED = {"allow_slower": True, "blocks": (2, 2)}
+
+
+def job_of(folder: Path, **choices: object) -> Job:
+    """A prepared job on a made-up checkpoint."""
+    options = Options(**{**SMALL, **choices})  # type: ignore[arg-type]
+    return prepare_job(folder, options, [str(TEXT)])
+
+
+def layers_of(job: Job) -> list[list[str]]:
+    """The names of the targeted layers, by block."""
+    blocks = range(len(job.walker.blocks))
+    return [[la.name for la in job.plan.of_block(i) if la.spec is not None] for i in blocks]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 10), (10, 6), (7, 7)])
+def test_a_spectrum_is_that_of_the_twice_weighted_matrix(rows: int, columns: int) -> None:
+    torch.manual_seed(rows)
+    layer = nn.Linear(columns, rows).requires_grad_(False)
+    x, outer = torch.randn(3, 50, columns), torch.randn(3, 50, rows)
+    total = SpectrumSum(layer)
+    total.__enter__()
+    for inputs, gradient in zip(x, outer, strict=True):
+        (layer(inputs) * gradient).sum().backward()
+    total.__exit__()
+    flat, gradients = x.flatten(0, 1).double(), outer.flatten(0, 1).double()
+    roots = []
+    for vectors in (gradients, flat):
+        values, basis = torch.linalg.eigh(vectors.mT @ vectors / len(vectors))
+        roots.append(basis * values.clamp(min=0).sqrt() @ basis.mT)
+    expected = torch.linalg.svdvals(roots[0] @ layer.weight.double() @ roots[1]).square()
+    found = torch.tensor(total.finish()).double()
+    torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "albert"])
+def test_block_by_block_gives_what_the_whole_model_gives(family: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "dense", family)
+    job = job_of(folder)
+    ids = measured_windows(job)
+    streamed = SensitivityPass(job.walker, ids, layers_of(job), tmp_path / "pass", 3).run()
+    model = make_model(family).requires_grad_(False)
+    runs = [lambda each=each: first_tensor(model(each)) for each in ids.split(1)]
+    predictions = model.get_output_embeddings() is not None
+    names = [name for block in layers_of(job) for name in block]
+    whole = spectra_of(model, names, runs, predictions, 3)
+    assert streamed.keys() == whole.keys()
+    for name, spectrum in whole.items():
+        expected = torch.tensor(spectrum)
+        torch.testing.assert_close(
+            torch.tensor(streamed[name]), expected, rtol=2e-3, atol=1e-4 * float(expected.max())
+        )
+
+
+def two_layers(keep: float = 0.5, size: int = 256) -> Plan:
+    """Two equal layers, each with the uniform share."""
+    spec = Blast.for_budget(size, size, int(keep * size * size), blocks=2)
+    layers = tuple(LayerPlan(name, name, 0, size, size, spec, None) for name in ("a", "b"))
+    return Plan(layers, 4 * size * size, keep, "targets")
+
+
+def test_the_layer_that_matters_more_gets_more() -> None:
+    falling = [2.0**-i for i in range(256)]
+    flat = [1.0 / 256] * 256
+    plan = allocate(two_layers(), {"a": falling, "b": flat}, Options(**PLANNED))
+    a, b = plan.layers
+    assert a.planned_params < b.planned_params
+    assert sum(la.planned_params for la in plan.layers) <= two_layers().target_params[1]
+
+
+def test_a_layer_that_must_be_whole_stays_dense_within_the_budget() -> None:
+    plan = allocate(two_layers(0.7), {"a": [0.0] * 256, "b": [9.0] * 256}, Options(**PLANNED))
+    a, b = plan.layers
+    assert b.spec is None
+    assert b.reason == ALLOCATED
+    assert a.spec is not None
+    assert plan.target_params[0] == 2 * 256 * 256
+    assert plan.target_params[1] <= two_layers(0.7).target_params[1]
+
+
+def test_equal_layers_share_equally_and_layers_without_a_spectrum_keep_theirs() -> None:
+    spectrum = [1.0 / (1 + i) for i in range(256)]
+    plan = allocate(two_layers(), {"a": spectrum}, Options(**PLANNED))
+    assert plan.layers[1] == two_layers().layers[1]
+    assert plan.layers[0].planned_params <= two_layers().layers[0].planned_params
+    both = allocate(two_layers(), {"a": spectrum, "b": spectrum}, Options(**PLANNED))
+    assert both.layers[0].spec == both.layers[1].spec
+
+
+class Stop(Progress):
+    """Ends a job in the middle of the measurement."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def measured(self, done: int, total: int) -> None:
+        """Stop once."""
+        if done == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [1, 3, 4, 5])
+def test_a_measurement_stopped_anywhere_goes_on_to_the_same_plan(
+    after: int, tmp_path: Path
+) -> None:
+    folder = make_folder(tmp_path / "dense")
+    run_job(job_of(folder), tmp_path / "whole")
+    stopped = job_of(folder)
+    stopped.progress = Stop(after)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(stopped, tmp_path / "stopped")
+    run_job(job_of(folder), tmp_path / "stopped", resume=True)
+    plans = [read_json(tmp_path / name / ".blastnn" / PLAN) for name in ("whole", "stopped")]
+    assert plans[0] == plans[1]
+    assert not (tmp_path / "stopped" / ".blastnn" / MEASUREMENT).exists()
+
+
+def test_disk_and_memory_allocate_alike(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "dense")
+    job = job_of(folder)
+    run_job(job, tmp_path / "out")
+    assert job.windows is not None
+    batches: list[Tensor] = list(job.windows.ids.split(1))
+    choices = {key: SMALL[key] for key in ("blocks", "sweeps")}
+    result = blastnn.compress(make_model("llama"), 0.6, batches, **choices)
+    found = {la.name: (la.planned_params, la.reason) for la in result.plan.layers if la.kind}
+    expected = {la.name: (la.planned_params, la.reason) for la in job.plan.layers}
+    assert {n: found[n] for n in expected if ".layers." in n} == {
+        n: v for n, v in expected.items() if ".layers." in n
+    }
+
+
+def test_the_report_says_how_the_budget_was_shared_out(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "dense")
+    job = job_of(folder)
+    report = build_report(job, run_job(job, tmp_path / "out"), {"verified": None})
+    assert report["allocation"]["how"] == "measured"
+    assert report["allocation"]["windows"] == 8
+    targets = report["keep"]["targets"]["params"]
+    assert targets["before"] == sum(
+        la.dense_params for la in job.plan.layers if la.block is not None
+    )
+    assert targets["kept"] <= 0.6
+    free = prepare_job(folder, Options(**SMALL), [])  # type: ignore[arg-type]
+    report = build_report(free, run_job(free, tmp_path / "free"), {"verified": None})
+    assert "no calibration text" in report["allocation"]["why_not_measured"]
