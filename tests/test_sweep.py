@@ -13,6 +13,7 @@ import pytest
 from blastnn import cli, sweep
 from blastnn.compress.job import Progress
 from blastnn.compress.options import Options
+from blastnn.display import print_sweep
 from blastnn.errors import BlastnnError, PlanError, ResumeError
 from blastnn.evaluate.score import inspect_folder, score_models
 from blastnn.sweep import METHODS, Sweep, SweepProgress, run_sweep
@@ -226,7 +227,7 @@ def ledger(tmp_path: Path) -> Ledger:
         "svd-0.8": failed | {"options": {"of": "targets"}},
         "whitened-svd-0.8": cell("whitened-svd", 0.8, 1.0, 2.0),
         "whitened-svd-0.9": cell("whitened-svd", 0.9, 0.0, -0.1),
-        "blast-0.9": cell("blast", 0.9, 0.1, 0.2),
+        "blast-0.9": cell("blast", 0.9, 0.1, 10.0),
     }
     dense = [
         {"text": name, "perplexity": 10.0, "excess": 0.0, "tokens": 128, "window": 64}
@@ -251,7 +252,7 @@ def test_the_table_says_what_the_cells_do(tmp_path: Path) -> None:
     ]
     assert [" ".join(row) for row in rows] == [
         "dense 1 1,000 100.00% 10.00 10.00 0.0000 0.0000 - - -",
-        "blast 0.9 899 89.90% 11.05 12.21 0.1000 0.2000 - - 7",
+        "blast 0.9 899 89.90% 11.05 2.203e+05 0.1000 10.0000 - - 7",
         "whitened-svd 0.9 899 89.90% 10.00 9.05 0.0000 -0.1000 - - 7",
         "blast 0.8 799 79.90% 12.84 27.18 0.2500 1.0000 0.250 0.500 7",
         "svd 0.8 failed - - - - - - - -",
@@ -261,6 +262,16 @@ def test_the_table_says_what_the_cells_do(tmp_path: Path) -> None:
     columns, rows = worded(values_of(tmp_path, None))
     assert not any("share" in column for column in columns)
     assert {len(row) for row in rows} == {len(columns)}
+
+
+def test_no_figure_is_lost_where_lines_are_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    values = values_of(tmp_path)
+    print_sweep(values, tmp_path, as_json=False)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert [" ".join(row) for row in worded(values)[1]] == lines[1:8]
 
 
 def test_the_page_explains_the_table(tmp_path: Path) -> None:

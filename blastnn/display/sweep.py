@@ -17,6 +17,8 @@ from blastnn.sweep import SweepProgress
 from blastnn.sweep.request import Cell
 from blastnn.sweep.rows import notes, worded
 
+WIDTH = 1000
+
 
 class SweepReporter(SweepProgress):
     """A line for every cell; on a terminal also how many layers of the present one are done.
@@ -89,9 +91,9 @@ def print_sweep(values: dict[str, Any], output: Path, as_json: bool) -> None:
     if as_json:
         print_json(values)
         return
-    console = Console(soft_wrap=True, highlight=False)
-    columns, rows = worded(values)
-    console.print(table(columns, rows), crop=False, no_wrap=True, overflow="ignore")
+    # As wide as the table wants: a narrow terminal breaks its lines, but loses no figure.
+    console = Console(soft_wrap=True, highlight=False, width=WIDTH)
+    console.print(table(*worded(values)))
     for note in notes(values):
         console.print(note, markup=False)
     console.print(f"{output / 'sweep.md'}")

@@ -14,6 +14,7 @@ from blastnn.sweep.ledger import FINISHED, Ledger
 
 WAITING = "waiting"
 DASH = "-"
+LARGE = 1e5  # perplexities from here on are shown by their leading digits
 
 
 def summarize(
@@ -91,7 +92,7 @@ def _words(row: dict[str, Any], columns: int, digits: int) -> list[str]:
         *first,
         f"{row['params']:,}",
         f"{row['kept']:.2%}",
-        *(f"{score:.{digits}f}" for score in row["scores"]),
+        *(f"{score:.{digits}f}" if score < LARGE else f"{score:.3e}" for score in row["scores"]),
         *(f"{excess:.4f}" for excess in row["excess"]),
         *(DASH if share is None else f"{share:.3f}" for share in shares),
         DASH if row["seconds"] is None else f"{row['seconds']:.0f}",

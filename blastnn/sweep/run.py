@@ -26,8 +26,9 @@ from blastnn.sweep.scoring import Scorer
 
 CELLS = "cells"
 # What a cell can fail with: our own errors, the disk, and whatever torch raises (numerical
-# breakdown, lack of memory). A sweep that runs overnight must not end with the first of them.
-FAILURES = (BlastnnError, OSError, RuntimeError, MemoryError)
+# breakdown, lack of memory), and a perplexity beyond all numbers. A sweep that runs overnight must
+# not end with the first of them.
+FAILURES = (BlastnnError, OSError, RuntimeError, MemoryError, OverflowError)
 
 
 class SweepProgress:
