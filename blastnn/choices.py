@@ -14,7 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
-from blastnn.compress.options import ALLOCATIONS, INPUTS, MOMENTS, PRESETS, Options
+from blastnn.compress.options import (
+    ALLOCATIONS,
+    INPUTS,
+    MOMENTS,
+    OUTPUTS,
+    PRESETS,
+    Options,
+)
 from blastnn.dtypes import DTYPES
 from blastnn.errors import PlanError
 from blastnn.evaluate.bench_options import BenchOptions
@@ -31,7 +38,7 @@ Blocks = Annotated[
     str | None,
     typer.Option(
         help="block counts, b or b1xb2, of structures that have blocks; default: for blast the "
-        "preset's (best: 8), else the structure's own (blast: 4)"
+        "preset's (8), else the structure's own (blast: 4)"
     ),
 ]
 Targets = Annotated[list[str] | None, typer.Option(help="pattern of layer names; repeatable")]
@@ -63,8 +70,12 @@ Allocation = Annotated[
     str | None,
     typer.Option(help=f"how the budget is shared out among the layers: {' or '.join(ALLOCATIONS)}"),
 ]
-AllocationWindows = Annotated[
-    int | None, typer.Option(help="windows of calibration text to measure the allocation with")
+Outputs = Annotated[
+    str | None,
+    typer.Option(help=f"how errors of a layer's outputs count: {' or '.join(OUTPUTS)}"),
+]
+GradientWindows = Annotated[
+    int | None, typer.Option(help="windows of calibration text to measure both with")
 ]
 AllowSlower = Annotated[
     bool | None,
@@ -113,7 +124,7 @@ class _FitChoices:
     dtype: Dtype = None
     quantize: Quantize = None
     seed: Seed = None
-    allocation_windows: AllocationWindows = None
+    gradient_windows: GradientWindows = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ class JobChoices(_FitChoices, PlanChoices):
     inputs: Inputs = None
     moment: Moment = None
     allocation: Allocation = None
+    outputs: Outputs = None
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,20 @@ from torch import Tensor, nn
 
 import blastnn
 from blastnn.compress.allocate import allocate
+from blastnn.compress.block import fit_layer
 from blastnn.compress.job import Job, Progress, prepare_job
-from blastnn.compress.measured_plan import MEASUREMENT, PLAN, measured_windows
+from blastnn.compress.measured import MEASUREMENT, PLAN, measured_windows, read_all
+from blastnn.compress.moments import Moments
 from blastnn.compress.options import Options
+from blastnn.compress.output_weight import RIDGE, OutputWeight
 from blastnn.compress.plan import ALLOCATED, LayerPlan, Plan
 from blastnn.compress.report import build_report
 from blastnn.compress.run import run_job
-from blastnn.compress.sensitivity import SensitivityPass
-from blastnn.compress.spectrum import SpectrumSum, spectra_of
+from blastnn.compress.sensitivity import SensitivityPass, outputs_file
+from blastnn.compress.spectrum import LayerSum, measure_whole
 from blastnn.files import read_json
 from blastnn.models.walk import first_tensor
-from blastnn.structures import Blast
+from blastnn.structures import Blast, LowRank, Structure
 from tests.made_up import TEXT, make_folder, make_model
 
 SMALL = {"keep": 0.6, "blocks": (2, 2), "tokens": 512, "window": 64, "sweeps": 2}
@@ -33,10 +36,10 @@ def job_of(folder: Path, **choices: object) -> Job:
     return prepare_job(folder, options, [str(TEXT)])
 
 
-def layers_of(job: Job) -> list[list[str]]:
+def layers_of(job: Job) -> list[dict[str, int | None]]:
     """The names of the targeted layers, by block."""
     blocks = range(len(job.walker.blocks))
-    return [[la.name for la in job.plan.of_block(i) if la.spec is not None] for i in blocks]
+    return [{la.name: 2 for la in job.plan.of_block(i) if la.spec is not None} for i in blocks]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(6, 10), (10, 6), (7, 7)])
@@ -44,7 +47,7 @@ def test_a_spectrum_is_that_of_the_twice_weighted_matrix(rows: int, columns: int
     torch.manual_seed(rows)
     layer = nn.Linear(columns, rows).requires_grad_(False)
     x, outer = torch.randn(3, 50, columns), torch.randn(3, 50, rows)
-    total = SpectrumSum(layer)
+    total = LayerSum(layer)
     total.__enter__()
     for inputs, gradient in zip(x, outer, strict=True):
         (layer(inputs) * gradient).sum().backward()
@@ -55,7 +58,7 @@ def test_a_spectrum_is_that_of_the_twice_weighted_matrix(rows: int, columns: int
         values, basis = torch.linalg.eigh(vectors.mT @ vectors / len(vectors))
         roots.append(basis * values.clamp(min=0).sqrt() @ basis.mT)
     expected = torch.linalg.svdvals(roots[0] @ layer.weight.double() @ roots[1]).square()
-    found = torch.tensor(total.finish()).double()
+    found = torch.tensor(total.spectrum()).double()
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-3, atol=1e-5)
 
 
@@ -68,10 +71,16 @@ def test_block_by_block_gives_what_the_whole_model_gives(family: str, tmp_path: 
     model = make_model(family).requires_grad_(False)
     runs = [lambda each=each: first_tensor(model(each)) for each in ids.split(1)]
     predictions = model.get_output_embeddings() is not None
-    names = [name for block in layers_of(job) for name in block]
-    whole = spectra_of(model, names, runs, predictions, 3)
-    assert streamed.keys() == whole.keys()
-    for name, spectrum in whole.items():
+    names = {name: 2 for block in layers_of(job) for name in block}
+    whole = measure_whole(model, names, runs, predictions, 3)
+    assert streamed.keys() == whole.spectra.keys() == whole.outputs.keys()
+    for index, block in enumerate(job.walker.blocks):
+        for kind, found in read_all(outputs_file(tmp_path / "pass", index)).items():
+            expected = whole.outputs[f"{block.name}.{kind}"]
+            torch.testing.assert_close(
+                found, expected, rtol=2e-3, atol=1e-4 * float(expected.max())
+            )
+    for name, spectrum in whole.spectra.items():
         expected = torch.tensor(spectrum)
         torch.testing.assert_close(
             torch.tensor(streamed[name]), expected, rtol=2e-3, atol=1e-4 * float(expected.max())
@@ -160,8 +169,8 @@ def test_the_report_says_how_the_budget_was_shared_out(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "dense")
     job = job_of(folder)
     report = build_report(job, run_job(job, tmp_path / "out"), {"verified": None})
-    assert report["allocation"]["how"] == "measured"
-    assert report["allocation"]["windows"] == 8
+    assert report["sensitivity"]["why_not_allocated"] is None
+    assert report["sensitivity"]["windows"] == 8
     targets = report["keep"]["targets"]["params"]
     assert targets["before"] == sum(
         la.dense_params for la in job.plan.layers if la.block is not None
@@ -169,4 +178,46 @@ def test_the_report_says_how_the_budget_was_shared_out(tmp_path: Path) -> None:
     assert targets["kept"] <= 0.6
     free = prepare_job(folder, Options(**SMALL), [])  # type: ignore[arg-type]
     report = build_report(free, run_job(free, tmp_path / "free"), {"verified": None})
-    assert "no calibration text" in report["allocation"]["why_not_measured"]
+    assert "no calibration text" in report["sensitivity"]["why_not_allocated"]
+
+
+@pytest.mark.parametrize("stored", [1, 3, 4])
+@pytest.mark.parametrize("spec", [Blast(22, 10, rank=3, blocks=4), LowRank(22, 10, rank=3)])
+def test_output_weights_are_a_root_of_the_block_diagonal(stored: int, spec: Structure) -> None:
+    gradients = torch.randn(200, 22, generator=torch.Generator().manual_seed(stored))
+    p = -(-22 // stored)
+    padded = torch.nn.functional.pad(gradients, (0, p * stored - 22)).view(200, stored, p)
+    moment = torch.einsum("tip,tiq->ipq", padded, padded) / 200
+    weight = OutputWeight(moment, spec)
+    root = weight.apply(torch.eye(22, dtype=torch.float64))
+    full = gradients.double().mT @ gradients.double() / 200
+    cut = -(-22 // (spec.row_blocks() or 1))
+    same = torch.tensor(
+        [[a // p == b // p and a // cut == b // cut for b in range(22)] for a in range(22)]
+    )
+    ridge = RIDGE * full.diagonal().mean() * torch.eye(22)
+    torch.testing.assert_close(root.mT @ root, full * same + ridge, rtol=1e-4, atol=1e-5)
+    factors = spec.init(seed=1, dtype=torch.float64)
+    torch.testing.assert_close(
+        root @ spec.to_dense(weight.undo(factors)), spec.to_dense(factors), rtol=1e-6, atol=1e-9
+    )
+
+
+@torch.no_grad()
+def test_weighted_outputs_lower_the_weighted_error() -> None:
+    torch.manual_seed(0)
+    old = nn.Linear(32, 48, bias=False).requires_grad_(False)
+    plan = LayerPlan("a", "a", 0, 48, 32, LowRank(48, 32, rank=6), None)
+    scales = torch.logspace(-2, 2, 48)
+    moment = scales.diag()[None]
+    inputs = torch.randn(500, 32)
+    moments = Moments((inputs.mT @ inputs / 500).double(), None, 500)
+    errors = []
+    for outputs in (None, moment):
+        layer, fields = fit_layer(old, plan, moments, outputs, Options(), torch.float32)
+        assert fields["weighted_outputs"] is (outputs is not None)
+        gap = (layer.to_dense() - old.weight) @ inputs.mT
+        errors.append(float((scales[:, None] * gap.square()).sum()))
+        plain = float(gap.norm() / (old.weight @ inputs.mT).norm())
+        assert fields["relative_error"] == pytest.approx(plain, rel=1e-2)
+    assert errors[1] < 0.7 * errors[0]

@@ -31,10 +31,11 @@ def test_a_command_gets_its_choices_and_its_own_parameters() -> None:
     words = "x --keep 0.5 --blocks 2,3 --targets a --targets b --calibration-tokens 9 --number 7"
     result = CliRunner().invoke(app, [*words.split(), "--preset", "fast"], catch_exceptions=False)
     assert result.exit_code == 0
-    expected = Options(keep=0.5, blocks=(2, 3), targets=("a", "b"), tokens=9, sweeps=10)
+    own = {"keep": 0.5, "blocks": (2, 3), "targets": ("a", "b"), "tokens": 9}
+    expected = Options(**own, sweeps=10, gradient_windows=4)
     assert seen == [("x", expected, 7)]
     assert CliRunner().invoke(app, ["x"]).exit_code == 0
-    assert seen[1:] == [("x", Options(), 1)]
+    assert seen[1:] == [("x", Options(blocks=(8, 8)), 1)]
 
 
 def test_a_dry_run_needs_no_more_than_a_configuration(
@@ -52,7 +53,7 @@ def test_a_dry_run_needs_no_more_than_a_configuration(
         cli.main([*words, "--calibration", str(TEXT)])
     assert "no tokenizer" in capsys.readouterr().err
     planned = CliRunner().invoke(cli.app, ["plan", str(tmp_path)])
-    assert "reckoned with 24,576 tokens of calibration text" in planned.stdout
+    assert "reckoned with 32,768 tokens of calibration text" in planned.stdout
 
 
 @pytest.mark.parametrize("command", ["compress", "export", "kernels"])

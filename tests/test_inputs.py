@@ -67,6 +67,7 @@ def test_a_diagonal_moment_scales_the_features(inputs):
     linear = torch.nn.Linear(24, 32, bias=False)
     x = torch.randn(500, 24) @ torch.randn(24, 24) * torch.logspace(-1, 1, 24)
     choices = {"structure": "lowrank", "moment": "diagonal", "inputs": inputs, "damping": 0.0}
+    choices |= {"allocation": "uniform", "outputs": "equal"}
     result = blastnn.compress(torch.nn.Sequential(linear), 0.5, [x], **choices)
     size = x.square().mean(0).sqrt()
     left, values, right = torch.linalg.svd(linear.weight * size, full_matrices=False)

@@ -34,7 +34,8 @@ def compress_checkpoint(
     Args:
         path: ``"demo"``, a folder, a ``.gguf`` file or a hub id.
         output: a new or empty folder; with ``resume`` one that holds the same job.
-        options: all choices; or give them one by one as ``choices``, e.g. ``keep=0.8``.
+        options: all choices; or give them one by one as ``choices``, e.g. ``keep=0.8``, on top of
+            the default preset.
         calibration: text files; None is the default of ``demo``, an empty list means no data.
         texts: text files for the perplexities of the report; for ``demo`` its test texts.
         tokens: how many tokens of each text are scored.
@@ -50,7 +51,9 @@ def compress_checkpoint(
         OSError: the disk is full or not writable; finished blocks stay resumable.
     """
     progress = progress or Progress()
-    job = prepare_job(path, options or Options(**choices), calibration, plan, progress)
+    job = prepare_job(
+        path, options or Options.from_preset("default", **choices), calibration, plan, progress
+    )
     if texts is None:
         texts = TEST if job.folder.name == DEMO else ()
     for text in texts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from blastnn.compress.moments import (
     run_calls,
 )
 from blastnn.compress.options import Options
+from blastnn.compress.output_weight import OutputWeight
 from blastnn.compress.plan import LayerPlan
 from blastnn.errors import FactorizationError
 from blastnn.factorize import (
@@ -75,6 +76,7 @@ class LayerRecord:
     reason: str | None = None
     relative_error: float | None = None
     error_before_quantization: float | None = None
+    weighted_outputs: bool = False
     seconds: float | None = None
     solver: str | None = None
     solver_status: str | None = None
@@ -107,6 +109,7 @@ class BlockCompressor:
         calls: Sequence[Call],
         plans: Sequence[LayerPlan],
         streams: Streams | None,
+        outputs: Mapping[str, Tensor],
     ) -> BlockOutcome:
         """Compress a block whose weights are in memory and move the streams past it.
 
@@ -115,6 +118,8 @@ class BlockCompressor:
             calls: how the model calls it.
             plans: of all linear layers in it, named ``kind`` below the block.
             streams: what enters the block; moved on in place. None fits without data.
+            outputs: by kind, the moments that weight the outputs of layers (``output_weight.py``);
+                those of all others count alike.
 
         Raises:
             FactorizationError: names the layer.
@@ -139,7 +144,7 @@ class BlockCompressor:
                 else self._moments(dense, block, calls, group, streams, advance)
             )
             for kind in group.layers:
-                records[kind] = self._replace(block, by_kind[kind], moments)
+                records[kind] = self._replace(block, by_kind[kind], moments, outputs.get(kind))
                 solving += records[kind].seconds or 0.0
                 self.on_layer(by_kind[kind], records[kind])
         for kind in wanted:
@@ -192,12 +197,14 @@ class BlockCompressor:
     def _untouched(block: nn.Module) -> bool:
         return not any(isinstance(module, StructuredLinear) for module in block.modules())
 
-    def _replace(self, block: nn.Module, plan: LayerPlan, moments: Moments | None) -> LayerRecord:
+    def _replace(
+        self, block: nn.Module, plan: LayerPlan, moments: Moments | None, outputs: Tensor | None
+    ) -> LayerRecord:
         """Fit one layer and put the structured layer in its place."""
         start = time.perf_counter()
         old = block.get_submodule(plan.kind)
         try:
-            layer, fields = fit_layer(old, plan, moments, self.options, self.dtype)
+            layer, fields = fit_layer(old, plan, moments, outputs, self.options, self.dtype)
         except FactorizationError as error:
             raise FactorizationError(f"layer {plan.name}: {error}") from error
         owner, _, leaf = plan.kind.rpartition(".")
@@ -227,10 +234,14 @@ def fit_layer(
     old: nn.Module,
     plan: LayerPlan,
     moments: Moments | None,
+    outputs: Tensor | None,
     options: Options,
     dtype: torch.dtype,
 ) -> tuple[StructuredLinear, dict[str, Any]]:
-    """A structured layer, float32 but rounded to ``dtype``, and the fields of its record."""
+    """A structured layer, float32 but rounded to ``dtype``, and the fields of its record.
+
+    ``outputs`` weights the errors of its outputs (``output_weight.py``); None counts all alike.
+    """
     assert plan.spec is not None
     target, second = dense_weight(old).float(), None
     solver = choose_solver(plan.spec, options.solver)
@@ -245,23 +256,34 @@ def fit_layer(
             target = shifted_target(target, second, cross).float()
     extra = {"sweeps": options.sweeps} if "sweeps" in solver_options(solver) else {}
     seen = None if data_free else second
-    result = factorize(target, plan.spec, seen, solver, options.seed, dtype, **extra)
-    factors = cast_factors(result.factors, torch.float32)
+    weighted = outputs is not None and plan.spec.row_blocks() is not None and bool(outputs.any())
+    if weighted:
+        assert outputs is not None
+        weight = OutputWeight(outputs, plan.spec)
+        wanted = weight.apply(target)
+        result = factorize(wanted, plan.spec, seen, solver, options.seed, torch.float32, **extra)
+        factors = cast_factors(weight.undo(result.factors), dtype)
+    else:
+        result = factorize(target, plan.spec, seen, solver, options.seed, dtype, **extra)
+        factors = result.factors
+    factors = cast_factors(factors, torch.float32)
     bias = getattr(old, "bias", None)
     layer = StructuredLinear.from_factors(
         plan.spec, factors, None if bias is None else bias.detach().clone()
     )
     error, before = result.relative_error, None
-    if options.quantization is not None or (data_free and second is not None):
+    remeasured = weighted or (data_free and second is not None)
+    if options.quantization is not None or remeasured:
         problem = prepare(target, second)
         dense = layer.to_dense().double() / problem.scale
-        error = problem.relative_error(dense) if data_free else error
+        error = problem.relative_error(dense) if remeasured else error
     if options.quantization is not None:
         layer, before = layer.quantized(options.quantization, second), error
         error = problem.relative_error(layer.to_dense().double() / problem.scale)
     return layer.requires_grad_(False), {
         "relative_error": error,
         "error_before_quantization": before,
+        "weighted_outputs": weighted,
         "solver": result.solver,
         "solver_status": result.status,
         "notes": [*notes, *result.notes],

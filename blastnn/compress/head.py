@@ -39,7 +39,7 @@ def compress_head(job: Job, trace: Trace, streams: Streams | None) -> HeadOutcom
     layer = job.walker.model.get_submodule(job.head.name)
     moments = None if streams is None else _moments(job, layer, trace, streams)
     gathered = time.perf_counter()
-    fitted, fields = fit_layer(layer, job.head, moments, job.options, job.dtype)
+    fitted, fields = fit_layer(layer, job.head, moments, None, job.options, job.dtype)
     job.walker.loader.release(job.walker.outside)
     seconds = time.perf_counter() - gathered
     record = LayerRecord(job.head.name, "compressed", seconds=seconds, **fields)

@@ -30,11 +30,11 @@ from blastnn.compress.html_page import (
     size,
 )
 from blastnn.compress.html_provenance import (
-    allocation_section,
     calibration_section,
     facts_section,
     memory_section,
     self_check_section,
+    sensitivity_section,
     source_section,
     time_section,
 )
@@ -76,7 +76,7 @@ def _provenance(report: Report) -> Html:
     return join(
         (
             calibration_section(report),
-            allocation_section(report),
+            sensitivity_section(report),
             facts_section("Options", report.get("options")),
             element("div", time_section(report), memory_section(report), class_="two"),
             element("div", source_section(report), self_check_section(report), class_="two"),

@@ -46,18 +46,21 @@ def calibration_section(report: Report) -> Html:
     return section("Calibration", pairs(facts), _sources(sources) if sources else "")
 
 
-def allocation_section(report: Report) -> Html:
-    """Return how the budget was shared out among the layers."""
-    allocation = report.get("allocation")
-    if not allocation:
-        return section("Allocation", absent("allocation", "none recorded"))
-    reason = part(allocation, "why_not_measured")
-    if reason:
-        return section("Allocation", note(f"As planned, not by measurement: {reason}."))
+def sensitivity_section(report: Report) -> Html:
+    """Return what was measured before the compression, and what followed from it."""
+    found = report.get("sensitivity")
+    if not found:
+        return section("Allocation", absent("measurement", "none recorded"))
+    why, equal = part(found, "why_not_allocated"), part(found, "why_not_weighted")
     facts = [
-        ("Shared out", "by what each layer's directions matter to the model's output"),
-        ("Windows measured", count(part(allocation, "windows"))),
-        ("Layers kept dense for it", count(part(allocation, "kept_dense"))),
+        (
+            "Budget",
+            f"as planned: {why}" if why else "shared out by what layers matter to the output",
+        ),
+        ("Layers kept dense for it", count(part(found, "kept_dense"))),
+        ("Outputs", f"all count alike: {equal}" if equal else "weighted by their gradients"),
+        ("Layers with weighted outputs", count(part(found, "weighted_layers"))),
+        ("Windows measured", count(part(found, "windows"))),
     ]
     return section("Allocation", pairs(facts))
 
@@ -96,7 +99,7 @@ def time_section(report: Report) -> Html:
     names = {
         "factorise": "Factorising",
         "forward": "Forward passes",
-        "allocate": "Measuring for the allocation",
+        "measure": "Measuring beforehand",
         "other": "Other",
     }
     spent = {title: finite(part(timing, key)) for key, title in names.items()}

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from blastnn.compress.allocate import allocate
 from blastnn.compress.block import BlockCompressor, LayerRecord, Streams, fit_layer
+from blastnn.compress.measured import row_blocks
 from blastnn.compress.moments import Moments, MomentSum
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
-from blastnn.compress.spectrum import spectra_of
+from blastnn.compress.spectrum import measure_whole
 from blastnn.errors import CalibrationError, PlanError
 from blastnn.evaluate.probe import probe_arguments
 from blastnn.models.families import FAMILIES
@@ -98,7 +99,7 @@ def _by_blocks(
     blocks = find_blocks(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     plan = make_plan(model, [block.name for block in blocks], options, None, tied)
-    plan = _allocated(model, plan, options, batches)
+    plan, outputs = _measured(model, plan, options, batches)
     dtype = next(iter(blocks[0].module.parameters())).dtype
     compressor = BlockCompressor(options, dtype, lambda *_: None)
     trace, streams = None, None
@@ -112,7 +113,8 @@ def _by_blocks(
     records: list[LayerRecord] = []
     for index, block in enumerate(blocks):
         calls = [] if trace is None else trace.of_block(index)
-        outcome = compressor.run(block.module, calls, plan.of_block(index), streams)
+        of_block = {la.kind: outputs[la.name] for la in plan.of_block(index) if la.name in outputs}
+        outcome = compressor.run(block.module, calls, plan.of_block(index), streams, of_block)
         _replace(model, block.name, outcome.module)
         records += outcome.records
     records += [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.block is None]
@@ -124,7 +126,8 @@ def _as_one_block(
 ) -> CompressionResult:
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise PlanError("the model has parameters on the meta device; load its weights first")
-    plan = _allocated(model, make_plan(model, [""], options, None, []), options, batches)
+    plan = make_plan(model, [""], options, None, [])
+    plan, outputs = _measured(model, plan, options, batches)
     wanted = list(plan.compressed)
     moments = None if batches is None else _dense_moments(model, wanted, batches, options.moment)
     records = [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.spec is None]
@@ -136,32 +139,37 @@ def _as_one_block(
         old = model.get_submodule(layer.name)
         seen = None if moments is None else moments[layer.name]
         dtype = dense_weight(old).dtype
-        fitted, fields = fit_layer(old, layer, seen, options, dtype)
+        fitted, fields = fit_layer(old, layer, seen, outputs.get(layer.name), options, dtype)
         _replace(model, layer.name, fitted.to(dtype))
         records.append(LayerRecord(layer.name, "compressed", **fields))
     return CompressionResult(model, plan, records)
 
 
-def _allocated(model: nn.Module, plan: Plan, options: Options, batches: list[Batch] | None) -> Plan:
-    """The plan with its budget allocated as ``options`` say, as far as there is anything to
-    measure it with.
+def _measured(
+    model: nn.Module, plan: Plan, options: Options, batches: list[Batch] | None
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan with its budget allocated, and the weights of outputs, as ``options`` say and as
+    far as there is anything to measure with.
     """
-    if options.allocation == "uniform" or batches is None:
-        return plan
-    count = min(options.allocation_windows, len(batches))
+    asked = (options.allocation, options.outputs) != ("uniform", "equal")
+    if batches is None or not asked or options.keep >= 1.0:
+        return plan, {}
+    count = min(options.gradient_windows, len(batches))
     chosen = [batches[index * len(batches) // count] for index in range(count)]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
-    spectra = spectra_of(
+    found = measure_whole(
         model,
-        [layer.name for layer in plan.compressed],
+        {layer.name: row_blocks(layer, options.outputs) for layer in plan.compressed},
         [partial(_output, model, batch) for batch in chosen],
         isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None,
         options.seed,
     )
     for parameter, flag in zip(model.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
-    return allocate(plan, spectra, options)
+    if options.allocation == "measured":
+        plan = allocate(plan, found.spectra, options)
+    return plan, found.outputs
 
 
 def _output(model: nn.Module, batch: Batch) -> Tensor:

@@ -14,6 +14,7 @@ PARTS = ("targets", "model")
 INPUTS = ("compressed", "dense")
 MOMENTS = ("full", "diagonal")
 ALLOCATIONS = ("measured", "uniform")
+OUTPUTS = ("weighted", "equal")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Options:
         allocation: how the budget is shared out among the layers: ``measured`` by what each one's
             directions matter to the model's output (``sensitivity.py``, ``allocate.py``), or
             ``uniform``, the same share of every layer.
-        allocation_windows: how many windows of the calibration text to measure that with.
+        outputs: whether the error of a layer's outputs is ``weighted`` by the gradients that the
+            model's output has there (``output_weight.py``) or all count ``equal``.
+        gradient_windows: how many windows of the calibration text to measure both with.
         allow_slower: whether to compress layers also where the product is expected to be slower
             than the dense one (``blastnn.kernels.worth``); otherwise such a layer gets fewer blocks
             or stays dense.
@@ -58,14 +61,15 @@ class Options:
     sweeps: int = 20
     inputs: str = "compressed"
     moment: str = "full"
-    tokens: int = 24576
+    tokens: int = 32768
     window: int = 1024
-    damping: float = 1e-4
+    damping: float = 1e-2
     dtype: str | None = None
     quantize: str | None = None
     seed: int = 0
     allocation: str = "measured"
-    allocation_windows: int = 8
+    outputs: str = "weighted"
+    gradient_windows: int = 8
     allow_slower: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +80,7 @@ class Options:
             ("inputs", INPUTS),
             ("moment", MOMENTS),
             ("allocation", ALLOCATIONS),
+            ("outputs", OUTPUTS),
         ):
             if getattr(self, name) not in known:
                 raise PlanError(f"{name} must be one of {known}, but is {getattr(self, name)!r}")
@@ -86,7 +91,7 @@ class Options:
             raise PlanError(f"a {self.structure} has no blocks to count; leave the blocks out")
         if self.quantize is not None:
             quantization_named(self.quantize)
-        for name in ("sweeps", "tokens", "window", "allocation_windows"):
+        for name in ("sweeps", "tokens", "window", "gradient_windows"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, but is {getattr(self, name)}")
 
@@ -120,7 +125,7 @@ class Options:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"sweeps": 10, "tokens": 12288},
-    "default": {},
-    "best": {"blocks": (8, 8), "sweeps": 60, "tokens": 65536},
+    "fast": {"blocks": (8, 8), "sweeps": 10, "tokens": 12288, "gradient_windows": 4},
+    "default": {"blocks": (8, 8)},
+    "best": {"blocks": (8, 8), "sweeps": 60, "tokens": 65536, "gradient_windows": 16},
 }

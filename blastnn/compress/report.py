@@ -17,7 +17,12 @@ import torch
 
 from blastnn.compress.html import render_html
 from blastnn.compress.job import Job, window_length
-from blastnn.compress.measured_plan import measured_windows, why_uniform
+from blastnn.compress.measured import (
+    measured_windows,
+    why_not_allocated,
+    why_not_weighted,
+    why_unmeasured,
+)
 from blastnn.compress.memory_use import HOW
 from blastnn.compress.plan import ALLOCATED, LayerPlan
 from blastnn.compress.run import RunOutcome
@@ -102,7 +107,7 @@ def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dic
         },
         "options": job.options.to_json(),
         "keep": _keep(job, coverage),
-        "allocation": _allocation(job),
+        "sensitivity": _measured(job, coverage),
         "quantization": _quantization(job, coverage),
         "calibration": _calibration(job),
         "coverage": coverage,
@@ -143,6 +148,7 @@ def _row(layer: LayerPlan, record: dict[str, Any] | None, job: Job) -> dict[str,
         "bytes_after": stored_bytes(spec, how, job.dtype) if spec else dense_bytes,
         "quantized": how.to_json() if how else None,
         "relative_error": error,
+        "weighted_outputs": bool(record and record["weighted_outputs"]),
         "quantization_error": None if error is None or before is None else error - before,
         "seconds": record["seconds"] if record else None,
         "notes": record["notes"] if record else [],
@@ -180,14 +186,14 @@ def _keep(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _allocation(job: Job) -> dict[str, Any]:
-    """How the budget was shared out among the targeted layers, and why not by measurement."""
-    reason = why_uniform(job)
+def _measured(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured beforehand, and what followed from it, or why it did not."""
     return {
-        "how": "measured" if reason is None else "as planned",
-        "why_not_measured": reason,
-        "windows": None if reason else measured_windows(job).shape[0],
+        "windows": None if why_unmeasured(job) else measured_windows(job).shape[0],
+        "why_not_allocated": why_not_allocated(job),
         "kept_dense": sum(layer.reason == ALLOCATED for layer in job.plan.layers),
+        "why_not_weighted": why_not_weighted(job),
+        "weighted_layers": sum(row["weighted_outputs"] for row in coverage),
     }
 
 
@@ -229,7 +235,7 @@ def _timing(seconds: dict[str, float], sittings: int) -> dict[str, Any]:
         "total": total,
         "factorise": seconds.get("factorise", 0.0),
         "forward": seconds.get("forward", 0.0),
-        "allocate": seconds.get("allocate", 0.0),
+        "measure": seconds.get("measure", 0.0),
         "other": other,
         "other_share": other / total if total else 0.0,
         "sittings": sittings,

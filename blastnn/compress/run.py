@@ -21,7 +21,7 @@ from blastnn.compress.block import BlockCompressor, Streams
 from blastnn.compress.head import compress_head
 from blastnn.compress.job import Job
 from blastnn.compress.journal import Journal, Lock
-from blastnn.compress.measured_plan import settle_plan
+from blastnn.compress.measured import forget, outputs_of, settle
 from blastnn.compress.memory_use import PeakMemory, give_memory_back
 from blastnn.compress.writer import Writer
 from blastnn.errors import ResumeError
@@ -48,7 +48,7 @@ def run_job(job: Job, output: Path, resume: bool = False) -> RunOutcome:
     """
     journal = Journal.open(output, job.identity(), resume)
     with Lock(output), PeakMemory() as memory:
-        job.plan = settle_plan(job, journal)
+        job.plan = settle(job, journal)
         if journal.weights_done:
             return RunOutcome(journal, None, already_finished=True)
         _check_space(job, output)
@@ -106,6 +106,7 @@ class _Run:
         known = sum(journal.seconds.values()) - counted
         journal.add_seconds("other", time.perf_counter() - start - known)
         journal.finish_weights()
+        forget(journal)
 
     def _enter(self) -> _Front:
         """The arguments of all blocks, and the hidden states where this sitting starts."""
@@ -127,7 +128,9 @@ class _Run:
         journal = self.journal
         dense = self.walker.load_block(index)
         plans = self.job.plan.of_block(index)
-        outcome = self.compressor.run(dense, front.trace.of_block(index), plans, front.streams)
+        outcome = self.compressor.run(
+            dense, front.trace.of_block(index), plans, front.streams, outputs_of(journal, index)
+        )
         started = time.perf_counter()
         calls = front.check_trace.of_block(index)
         front.check = _run_written(outcome.module, calls, front.check, self.job.dtype)

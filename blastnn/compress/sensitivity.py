@@ -6,7 +6,7 @@ What a spectrum is: ``spectrum.py``, whose ``spectra_of`` computes the same for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blastnn.compress.memory_use import give_memory_back
 from blastnn.compress.moments import run_calls
-from blastnn.compress.spectrum import Spectra, SpectrumSum, fisher_loss
+from blastnn.compress.spectrum import LayerSum, Spectra, fisher_loss
 from blastnn.compress.walker import Walker
 from blastnn.files import read_json, write_json, write_tensors
 from blastnn.models.tensors import TensorFolder
@@ -33,7 +33,8 @@ class SensitivityPass:
     Attributes:
         walker: loads and releases blocks.
         ids: windows of token ids ``(windows, window)``.
-        layers: names of the layers wanted, by block.
+        layers: by block, the names of the layers wanted, and how many blocks of ``G`` to gather of
+            each (None for none); they are left in ``outputs_file``.
         folder: for the hidden states, the gradients and what is known already.
         seed: of the labels drawn.
         step: told after each block, on the way up and on the way down, how many of how many
@@ -42,7 +43,7 @@ class SensitivityPass:
 
     walker: Walker
     ids: Tensor
-    layers: Sequence[Sequence[str]]
+    layers: Sequence[Mapping[str, int | None]]
     folder: Path
     seed: int
     step: Callable[[int, int], None] = lambda done, total: None
@@ -117,7 +118,10 @@ class SensitivityPass:
         calls, prefix = trace.of_block(index), f"{self.walker.blocks[index].name}."
         block = self.walker.load_block(index)
         kinds = [name.removeprefix(prefix) for name in self.layers[index]]
-        sums = {kind: SpectrumSum(block.get_submodule(kind)) for kind in kinds}
+        sums = {
+            kind: LayerSum(block.get_submodule(kind), self.layers[index][prefix + kind])
+            for kind in kinds
+        }
         above = zip(self._read("hidden", index), self._read("gradient", index + 1), strict=True)
         below = []
         with ExitStack() as stack, torch.enable_grad():
@@ -125,9 +129,15 @@ class SensitivityPass:
                 stack.enter_context(total)
             for hidden, gradient in above:
                 below.append(_pulled_back(block, calls, hidden, gradient))
+        moments = {}
         for kind, total in sums.items():
             if total.reached:
-                known["spectra"][prefix + kind] = total.finish()
+                known["spectra"][prefix + kind] = total.spectrum()
+                moments[kind] = total.outputs()
+        write_tensors(
+            outputs_file(self.folder, index),
+            {kind: moment for kind, moment in moments.items() if moment is not None},
+        )
         self.walker.release_block(index)
         known["next"] = index - 1
         write_tensors(self._file("gradient", index), _named(below))
@@ -135,6 +145,11 @@ class SensitivityPass:
         for kind, gone in (("gradient", index + 1), ("hidden", index + 1)):
             self._file(kind, gone).unlink(missing_ok=True)
         give_memory_back()
+
+
+def outputs_file(folder: Path, index: int) -> Path:
+    """Where a pass in ``folder`` leaves the ``G`` of one block's layers, by their kinds."""
+    return folder / f"outputs-{index:05d}.safetensors"
 
 
 def _pulled_back(

@@ -14,12 +14,14 @@ without an output layer has ``1/2 || output ||^2`` instead, by random projection
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from blastnn.models.linears import dense_weight
 
@@ -29,44 +31,64 @@ RIDGE = 1e-6
 Spectra = dict[str, list[float]]  # layer name -> falling squared singular values, nats per token
 
 
-def spectra_of(
+@dataclass(frozen=True)
+class Measurement:
+    """What is known of the layers of a model, by name.
+
+    ``outputs`` holds blocks on the diagonal of ``G``, ``(blocks, p, p)``, padded with zeros, of the
+    layers for which they were asked.
+    """
+
+    spectra: Spectra
+    outputs: dict[str, Tensor]
+
+
+def measure_whole(
     model: nn.Module,
-    layers: Iterable[str],
+    layers: Mapping[str, int | None],
     runs: Iterable[Callable[[], Tensor]],
     predictions: bool,
     seed: int,
-) -> Spectra:
-    """The spectra of layers of a model in memory; layers that no run reaches have none.
+) -> Measurement:
+    """Measure layers of a model in memory; those that no run reaches are left out.
 
     Args:
         model: its parameters must not require gradients.
-        layers: names of linear layers.
+        layers: names of linear layers, and how many blocks of ``G`` to gather of each, None for
+            none.
         runs: each runs the model once, and gives its output.
         predictions: whether the output is the logarithm of unnormalised probabilities.
         seed: of the labels drawn.
     """
-    sums = {name: SpectrumSum(model.get_submodule(name)) for name in layers}
+    sums = {name: LayerSum(model.get_submodule(name), n) for name, n in layers.items()}
     with ExitStack() as stack, torch.enable_grad():
         for total in sums.values():
             stack.enter_context(total)
         for index, run in enumerate(runs):
             fisher_loss(run(), predictions, seed + index).backward()
-    return {name: total.finish() for name, total in sums.items() if total.reached}
+    reached = {name: total for name, total in sums.items() if total.reached}
+    outputs = {name: total.outputs() for name, total in reached.items()}
+    return Measurement(
+        {name: total.spectrum() for name, total in reached.items()},
+        {name: moment for name, moment in outputs.items() if moment is not None},
+    )
 
 
-class SpectrumSum:
+class LayerSum:
     """Gathers, while open, what one layer's spectrum needs, in its smaller dimension.
 
     A layer with no more outputs than inputs gathers ``G`` and ``A C A^T`` (the moment of its
     outputs), any other ``C`` and ``A^T G A`` (the moment of the gradients that it hands down).
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, row_blocks: int | None = None) -> None:
         self._weight = dense_weight(layer).detach().float()
         self._layer = layer
         size = min(self._weight.shape)
-        self._outputs = self._weight.shape[0] <= self._weight.shape[1]
+        self._by_outputs = self._weight.shape[0] <= self._weight.shape[1]
         self._forward, self._backward = (torch.zeros(size, size).double() for _ in range(2))
+        self._row_blocks, self._rows = row_blocks, self._weight.shape[0]
+        self._diagonal: Tensor | None = None
         self._tokens = 0
         self.reached = False
 
@@ -79,13 +101,15 @@ class SpectrumSum:
     def _listen(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0].detach().float().reshape(-1, args[0].shape[-1])
         self._tokens += len(x)
-        forward = x @ self._weight.mT if self._outputs else x
+        forward = x @ self._weight.mT if self._by_outputs else x
         self._forward += forward.mT @ forward
 
         def hear(gradient: Tensor) -> None:
             g = gradient.float().reshape(-1, gradient.shape[-1])
-            backward = g if self._outputs else g @ self._weight
+            backward = g if self._by_outputs else g @ self._weight
             self._backward += backward.mT @ backward
+            if self._row_blocks is not None:
+                self._add_diagonal(g, self._row_blocks)
             self.reached = True
 
         # The first layers of a model with frozen weights: gradients begin here.
@@ -94,7 +118,17 @@ class SpectrumSum:
         output.register_hook(hear)
         return output
 
-    def finish(self) -> list[float]:
+    def _add_diagonal(self, gradients: Tensor, blocks: int) -> None:
+        p = -(-self._rows // blocks)
+        padded = pad(gradients, (0, p * blocks - self._rows)).view(-1, blocks, p).transpose(0, 1)
+        product = (padded.mT @ padded).double()
+        self._diagonal = product if self._diagonal is None else self._diagonal.add_(product)
+
+    def outputs(self) -> Tensor | None:
+        """The blocks on the diagonal of ``G``, float32, where they were asked for."""
+        return None if self._diagonal is None else (self._diagonal / self._tokens).float()
+
+    def spectrum(self) -> list[float]:
         """Squared singular values of ``G^(1/2) A C^(1/2)``, falling: one similar to the product
         of the two moments is ``L^T M L`` with ``L L^T`` the one and ``M`` the other.
         """

@@ -29,11 +29,11 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
                 f"{part:8}{unit:7}{share['before']:>13,} -> {share['after']:>13,}  "
                 f"kept {share['kept']:.2%}{asked}"
             )
-    allocation = report["allocation"]
-    if allocation["why_not_measured"] is None:
+    measured_first = report["sensitivity"]
+    if measured_first["why_not_allocated"] is None:
         console.print(
-            f"budget shared out by measurement on {allocation['windows']} windows; "
-            f"{allocation['kept_dense']} layers stay dense for it"
+            f"budget shared out by measurement on {measured_first['windows']} windows; "
+            f"{measured_first['kept_dense']} layers stay dense for it"
         )
     if report.get("quantization"):
         how = report["quantization"]
@@ -49,7 +49,7 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
         _print_measured(console, measured)
     timing = report["timing"]
     console.print(
-        f"{timing['total']:.0f} s: allocation {timing['allocate']:.0f}, factorisation "
+        f"{timing['total']:.0f} s: measuring {timing['measure']:.0f}, factorisation "
         f"{timing['factorise']:.0f}, forward passes {timing['forward']:.0f}, other "
         f"{timing['other']:.0f} ({timing['other_share']:.1%})"
     )

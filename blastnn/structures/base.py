@@ -65,6 +65,13 @@ class Structure(ABC):
         """The floating-point factors in which the matrix moves in steps: their gradient is zero."""
         return frozenset()
 
+    def row_blocks(self) -> int | None:
+        """How many blocks of equally many consecutive rows may each be multiplied by a matrix from
+        the left, by multiplying those rows of the factor ``U (..., r)`` and nothing else. None
+        where that is not so.
+        """
+        return None
+
     def large_factors(self) -> tuple[str, ...]:
         """The floating-point factors that may be stored in few bits: those that are matrices.
 

@@ -39,6 +39,10 @@ class Blast(BlockGrid):
         (b1, b2), (p, q), r = self.blocks, self.block_shape, self.rank
         return {"U": (b1, p, r), "S": (b1, b2, r), "V": (b2, q, r)}
 
+    def row_blocks(self) -> int:
+        """``b1``: the rows of ``U_i`` are those of block row ``i``."""
+        return self.blocks[0]
+
     def large_factors(self) -> tuple[str, ...]:
         """``V``, ``U``; a coupling scales ``p + q`` numbers of theirs."""
         return ("V", "U")

@@ -35,6 +35,10 @@ class LowRank(Structure):
         """``U (m, r)``, ``V (n, r)``."""
         return {"U": (self.out_features, self.rank), "V": (self.in_features, self.rank)}
 
+    def row_blocks(self) -> int:
+        """One: the rows of ``U`` are the matrix's."""
+        return 1
+
     def large_factors(self) -> tuple[str, ...]:
         """``V``, ``U``."""
         return ("V", "U")

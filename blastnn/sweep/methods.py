@@ -5,6 +5,7 @@ Ours:
 - ``blast``: BLAST (Lee et al. 2024, arXiv 2410.21262) fitted to data, one layer after the other on
   the compressed model's inputs. Whatever ``blastnn compress`` does by default.
 - ``blast-independent``: the same, every layer on the dense model's inputs.
+- ``blast-equal``: the same, every output of a layer counting alike.
 - ``blast-uniform``: the same, with the same share of the budget for every layer.
 
 Baselines, at the same budget:
@@ -64,8 +65,9 @@ class Method:
 
 
 _UNIFORM = {"allocation": "uniform"}
-_LOW_RANK = {"structure": "lowrank", "solver": "svd", "allow_slower": True, **_UNIFORM}
-_PROJECTED = {"solver": "projection", "allow_slower": True, **_UNIFORM}
+_EQUAL = {"outputs": "equal"}
+_LOW_RANK = {"structure": "lowrank", "solver": "svd", "allow_slower": True, **_UNIFORM, **_EQUAL}
+_PROJECTED = {"solver": "projection", "allow_slower": True, **_UNIFORM, **_EQUAL}
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -82,9 +84,14 @@ METHODS: dict[str, Method] = {
             {"structure": "blast", **_UNIFORM},
         ),
         Method(
+            "blast-equal",
+            "BLAST, every output of a layer counting alike",
+            {"structure": "blast", **_EQUAL},
+        ),
+        Method(
             "blast-free",
             "BLAST by Algorithm 2, no data (arXiv 2410.21262)",
-            {"structure": "blast", "solver": "precgd", "allow_slower": True, **_UNIFORM},
+            {"structure": "blast", "solver": "precgd", "allow_slower": True, **_UNIFORM, **_EQUAL},
             calibrated=False,
         ),
         Method("svd", "truncated SVD, no data", _LOW_RANK, calibrated=False),
