@@ -62,6 +62,21 @@ def test_a_spectrum_is_that_of_the_twice_weighted_matrix(rows: int, columns: int
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(40, 60), (60, 40)])
+def test_moments_that_are_singular_have_a_spectrum(rows: int, columns: int) -> None:
+    """Ten tokens, and one of enormous size, as the first token of a text is in many models."""
+    torch.manual_seed(0)
+    layer = nn.Linear(columns, rows, bias=False).requires_grad_(False)
+    x = torch.randn(10, columns)
+    x[0] *= 1e5
+    total = LayerSum(layer)
+    with total:
+        (layer(x) * torch.randn(10, rows)).sum().backward()
+    spectrum = torch.tensor(total.spectrum())
+    assert bool(torch.isfinite(spectrum).all()) and float(spectrum[0]) > 0
+    assert float(spectrum[12:].max()) < 1e-3 * float(spectrum[0])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "albert"])
 def test_block_by_block_gives_what_the_whole_model_gives(family: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "dense", family)

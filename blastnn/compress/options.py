@@ -63,7 +63,7 @@ class Options:
     moment: str = "full"
     tokens: int = 32768
     window: int = 1024
-    damping: float = 1e-2
+    damping: float = 5e-2
     dtype: str | None = None
     quantize: str | None = None
     seed: int = 0

@@ -25,9 +25,6 @@ from torch.nn.functional import pad
 
 from blastnn.models.linears import dense_weight
 
-# Added to a second moment, relative to its mean diagonal, before its Cholesky factor is taken.
-RIDGE = 1e-6
-
 Spectra = dict[str, list[float]]  # layer name -> falling squared singular values, nats per token
 
 
@@ -130,12 +127,12 @@ class LayerSum:
 
     def spectrum(self) -> list[float]:
         """Squared singular values of ``G^(1/2) A C^(1/2)``, falling: one similar to the product
-        of the two moments is ``L^T M L`` with ``L L^T`` the one and ``M`` the other.
+        of the two moments is ``L^T M L`` with ``L L^T`` the one and ``M`` the other. ``L`` comes
+        from an eigendecomposition: sums of float32 products may be a little indefinite.
         """
         root, other = self._forward / self._tokens, self._backward / self._tokens
-        ridge = RIDGE * root.diagonal().mean()
-        root.diagonal().add_(ridge + torch.finfo(root.dtype).tiny)
-        factor = torch.linalg.cholesky(root)
+        squares, basis = torch.linalg.eigh(root)
+        factor = basis * squares.clamp(min=0.0).sqrt()
         values = torch.linalg.eigvalsh(factor.mT @ other @ factor)
         return [float(value) for value in values.clamp(min=0.0).flip(0)]
 
