@@ -77,6 +77,10 @@ Outputs = Annotated[
 GradientWindows = Annotated[
     int | None, typer.Option(help="windows of calibration text to measure both with")
 ]
+Joint = Annotated[
+    bool | None,
+    typer.Option("--joint", help="share the right factor of layers that read the same input"),
+]
 AllowSlower = Annotated[
     bool | None,
     typer.Option(
@@ -95,6 +99,7 @@ Device = Annotated[str, typer.Option(help="cpu or cuda")]
 class _BudgetChoices:
     keep: Share = None
     structure: StructureName = None
+    joint: Joint = None
 
 
 @dataclass(frozen=True)

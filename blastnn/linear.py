@@ -23,9 +23,14 @@ from blastnn.quantization import (
 )
 from blastnn.structures import Factors, Structure
 
+RIGHT = "V"  # the factor that an input meets first, in every structure that has it
+
 
 class StructuredLinear(nn.Module):
     """``y = A x + bias`` with ``A`` given by ``spec``; its parameters are named as the factors.
+
+    A layer may use the right factor of another layer that reads the same input (``share``); the
+    tensor is then that layer's alone, in ``parameters()`` and in files.
 
     Index factors are buffers. In a quantised layer everything is a buffer, since whole numbers
     have no gradient: nothing in it can be trained.
@@ -53,6 +58,7 @@ class StructuredLinear(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
         forms = stored_forms(spec, quantization)
         self._names = tuple(forms)
+        self._owners: dict[str, StructuredLinear] = {}  # a dict, so that torch sees no submodule
         for name, form in forms.items():
             self._hold(name, torch.zeros(form.shape, device=device, dtype=form.dtype or dtype))
         self._hold(
@@ -88,8 +94,21 @@ class StructuredLinear(nn.Module):
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """What is stored, by name; the parameters and buffers themselves, not copies."""
-        return {name: getattr(self, name) for name in self._names}
+        """All factors by name, also one shared with another layer; the tensors, not copies."""
+        return {name: getattr(self._owners.get(name, self), name) for name in self._names}
+
+    def share(self, owner: StructuredLinear) -> None:
+        """Use the right factor of ``owner`` from now on, and let go of one's own.
+
+        Raises:
+            StructureError: the two factors differ in shape, one of the layers is quantised, or the
+                structure has no right factor.
+        """
+        shapes = [layer.spec.factor_shapes().get(RIGHT) for layer in (self, owner)]
+        if None in shapes or shapes[0] != shapes[1] or self.quantization or owner.quantization:
+            raise StructureError(f"{self} cannot use the factor {RIGHT} of {owner}")
+        delattr(self, RIGHT)
+        self._owners = {RIGHT: owner}
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""

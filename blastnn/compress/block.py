@@ -11,11 +11,11 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blastnn.compress.fit import fit_layers
 from blastnn.compress.moments import (
     InputGroup,
     Moments,
@@ -26,21 +26,10 @@ from blastnn.compress.moments import (
     run_calls,
 )
 from blastnn.compress.options import Options
-from blastnn.compress.output_weight import OutputWeight
 from blastnn.compress.plan import LayerPlan
 from blastnn.errors import FactorizationError
-from blastnn.factorize import (
-    SOLVERS,
-    choose_solver,
-    factorize,
-    prepare,
-    shifted_target,
-    solver_options,
-)
 from blastnn.linear import StructuredLinear
-from blastnn.models.linears import dense_weight
 from blastnn.models.walk import Call
-from blastnn.structures import cast_factors
 
 UNREACHED = "the calibration text never reached it"
 
@@ -143,10 +132,11 @@ class BlockCompressor:
                 if independent
                 else self._moments(dense, block, calls, group, streams, advance)
             )
-            for kind in group.layers:
-                records[kind] = self._replace(block, by_kind[kind], moments, outputs.get(kind))
-                solving += records[kind].seconds or 0.0
-                self.on_layer(by_kind[kind], records[kind])
+            for bundle in _bundles([by_kind[kind] for kind in group.layers]):
+                for plan, record in self._replace(block, bundle, moments, outputs):
+                    records[plan.kind] = record
+                    solving += record.seconds or 0.0
+                    self.on_layer(plan, record)
         for kind in wanted:
             if kind not in records:
                 records[kind] = LayerRecord(by_kind[kind].name, "kept", UNREACHED)
@@ -161,7 +151,7 @@ class BlockCompressor:
         self, dense: nn.Module, calls: Sequence[Call], wanted: list[str], streams: Streams | None
     ) -> list[InputGroup]:
         if streams is None:
-            return [InputGroup((kind,), 0) for kind in wanted]
+            return [InputGroup(tuple(wanted), 0)] if wanted else []
         return find_groups(dense, calls, streams.dense[0], wanted)
 
     def _moments(
@@ -198,18 +188,28 @@ class BlockCompressor:
         return not any(isinstance(module, StructuredLinear) for module in block.modules())
 
     def _replace(
-        self, block: nn.Module, plan: LayerPlan, moments: Moments | None, outputs: Tensor | None
-    ) -> LayerRecord:
-        """Fit one layer and put the structured layer in its place."""
+        self,
+        block: nn.Module,
+        bundle: Sequence[LayerPlan],
+        moments: Moments | None,
+        outputs: Mapping[str, Tensor],
+    ) -> list[tuple[LayerPlan, LayerRecord]]:
+        """Fit layers that go together and put the structured layers in their places."""
         start = time.perf_counter()
-        old = block.get_submodule(plan.kind)
+        olds = [block.get_submodule(plan.kind) for plan in bundle]
         try:
-            layer, fields = fit_layer(old, plan, moments, outputs, self.options, self.dtype)
+            weights = [outputs.get(plan.kind) for plan in bundle]
+            fitted = fit_layers(olds, bundle, moments, weights, self.options, self.dtype)
         except FactorizationError as error:
-            raise FactorizationError(f"layer {plan.name}: {error}") from error
-        owner, _, leaf = plan.kind.rpartition(".")
-        setattr(block.get_submodule(owner), leaf, layer)
-        return LayerRecord(plan.name, "compressed", seconds=time.perf_counter() - start, **fields)
+            raise FactorizationError(f"layer {bundle[0].name}: {error}") from error
+        seconds = (time.perf_counter() - start) / len(bundle)
+        records = []
+        for plan, (layer, fields) in zip(bundle, fitted, strict=True):
+            owner, _, leaf = plan.kind.rpartition(".")
+            setattr(block.get_submodule(owner), leaf, layer)
+            record = LayerRecord(plan.name, "compressed", seconds=seconds, **fields)
+            records.append((plan, record))
+        return records
 
     @staticmethod
     def _advance(
@@ -230,61 +230,19 @@ class BlockCompressor:
                 streams.dense[index] = run_calls(dense, calls, hidden)
 
 
-def fit_layer(
-    old: nn.Module,
-    plan: LayerPlan,
-    moments: Moments | None,
-    outputs: Tensor | None,
-    options: Options,
-    dtype: torch.dtype,
-) -> tuple[StructuredLinear, dict[str, Any]]:
-    """A structured layer, float32 but rounded to ``dtype``, and the fields of its record.
+def _bundles(plans: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
+    """Layers that read one input, those together that share a factor, its owner first.
 
-    ``outputs`` weights the errors of its outputs (``output_weight.py``); None counts all alike.
+    Raises:
+        FactorizationError: the owner of a shared factor reads another input.
     """
-    assert plan.spec is not None
-    target, second = dense_weight(old).float(), None
-    solver = choose_solver(plan.spec, options.solver)
-    data_free = not SOLVERS[solver].USES_SECOND_MOMENT
-    notes = []
-    if moments is not None and not bool(moments.second.any()):
-        moments = None
-        notes.append("its inputs are zero on the whole calibration text: fitted without data")
-    if moments is not None:
-        second, cross = moments.damped(options.damping)
-        if cross is not None and not data_free:
-            target = shifted_target(target, second, cross).float()
-    extra = {"sweeps": options.sweeps} if "sweeps" in solver_options(solver) else {}
-    seen = None if data_free else second
-    weighted = outputs is not None and plan.spec.row_blocks() is not None and bool(outputs.any())
-    if weighted:
-        assert outputs is not None
-        weight = OutputWeight(outputs, plan.spec)
-        wanted = weight.apply(target)
-        result = factorize(wanted, plan.spec, seen, solver, options.seed, torch.float32, **extra)
-        factors = cast_factors(weight.undo(result.factors), dtype)
-    else:
-        result = factorize(target, plan.spec, seen, solver, options.seed, dtype, **extra)
-        factors = result.factors
-    factors = cast_factors(factors, torch.float32)
-    bias = getattr(old, "bias", None)
-    layer = StructuredLinear.from_factors(
-        plan.spec, factors, None if bias is None else bias.detach().clone()
-    )
-    error, before = result.relative_error, None
-    remeasured = weighted or (data_free and second is not None)
-    if options.quantization is not None or remeasured:
-        problem = prepare(target, second)
-        dense = layer.to_dense().double() / problem.scale
-        error = problem.relative_error(dense) if remeasured else error
-    if options.quantization is not None:
-        layer, before = layer.quantized(options.quantization, second), error
-        error = problem.relative_error(layer.to_dense().double() / problem.scale)
-    return layer.requires_grad_(False), {
-        "relative_error": error,
-        "error_before_quantization": before,
-        "weighted_outputs": weighted,
-        "solver": result.solver,
-        "solver_status": result.status,
-        "notes": [*notes, *result.notes],
-    }
+    bundles: dict[str, list[LayerPlan]] = {}
+    for plan in sorted(plans, key=lambda plan: plan.shared is not None):
+        bundles.setdefault(plan.shared or plan.name, []).append(plan)
+    for owner, bundle in bundles.items():
+        if bundle[0].name != owner:
+            raise FactorizationError(
+                f"layer {bundle[0].name} cannot share a factor with {owner}, which reads another "
+                "input"
+            )
+    return list(bundles.values())

@@ -11,10 +11,10 @@ from torch import nn
 
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan, plan_from_file
+from blastnn.compress.sharing import share_inputs
 from blastnn.compress.walker import Walker
 from blastnn.dtypes import DTYPES, dtype_named
 from blastnn.models.source import ModelFolder, Say, open_model
-from blastnn.quantization import stored_bytes
 
 
 @dataclass
@@ -46,8 +46,7 @@ class Draft:
         """Bytes of the tensors that will be written."""
         layers, how = self.plan.compressed, self.options.quantization
         rest = self.plan.model_params - sum(layer.dense_params for layer in layers)
-        specs = [layer.spec for layer in layers if layer.spec is not None]
-        factors = sum(stored_bytes(spec, how, self.dtype) for spec in specs)
+        factors = sum(layer.num_bytes(how, self.dtype) for layer in layers)
         return rest * self.dtype.itemsize + factors
 
     def memory_bytes(self) -> dict[str, int]:
@@ -93,6 +92,8 @@ def draft_job(
     folder = open_model(model, say)
     walker = Walker(folder)
     plan = make_plan(walker.model, walker.block_names, options, walker.head, walker.loader.tied)
+    if options.joint:
+        plan = share_inputs(plan)
     if plan_file is not None:
         plan = plan_from_file(plan, plan_file, walker.head)
     dtype, given = _output_dtype(folder, options), plan_file is not None

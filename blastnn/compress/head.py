@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from blastnn.compress.block import LayerRecord, Streams, fit_layer
+from blastnn.compress.block import LayerRecord, Streams
+from blastnn.compress.fit import fit_layer
 from blastnn.compress.job import Job
 from blastnn.compress.moments import Moments, MomentSum
 from blastnn.linear import StructuredLinear

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blastnn.compress.allocate import allocate
-from blastnn.compress.block import BlockCompressor, LayerRecord, Streams, fit_layer
+from blastnn.compress.block import BlockCompressor, LayerRecord, Streams
+from blastnn.compress.fit import fit_layer
 from blastnn.compress.measured import row_blocks
 from blastnn.compress.moments import Moments, MomentSum
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
+from blastnn.compress.sharing import share_inputs
 from blastnn.compress.spectrum import measure_whole
 from blastnn.errors import CalibrationError, PlanError
 from blastnn.evaluate.probe import probe_arguments
@@ -99,6 +101,7 @@ def _by_blocks(
     blocks = find_blocks(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     plan = make_plan(model, [block.name for block in blocks], options, None, tied)
+    plan = share_inputs(plan) if options.joint else plan
     plan, outputs = _measured(model, plan, options, batches)
     dtype = next(iter(blocks[0].module.parameters())).dtype
     compressor = BlockCompressor(options, dtype, lambda *_: None)
@@ -126,6 +129,8 @@ def _as_one_block(
 ) -> CompressionResult:
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise PlanError("the model has parameters on the meta device; load its weights first")
+    if options.joint:
+        raise PlanError("nothing is known of which layers of this module share an input: no joint")
     plan = make_plan(model, [""], options, None, [])
     plan, outputs = _measured(model, plan, options, batches)
     wanted = list(plan.compressed)

@@ -47,6 +47,7 @@ class Options:
         outputs: whether the error of a layer's outputs is ``weighted`` by the gradients that the
             model's output has there (``output_weight.py``) or all count ``equal``.
         gradient_windows: how many windows of the calibration text to measure both with.
+        joint: whether layers that read the same input share their right factor (Joint Rank-k).
         allow_slower: whether to compress layers also where the product is expected to be slower
             than the dense one (``blastnn.kernels.worth``); otherwise such a layer gets fewer blocks
             or stays dense.
@@ -70,6 +71,7 @@ class Options:
     allocation: str = "measured"
     outputs: str = "weighted"
     gradient_windows: int = 8
+    joint: bool = False
     allow_slower: bool = False
 
     def __post_init__(self) -> None:
@@ -91,9 +93,21 @@ class Options:
             raise PlanError(f"a {self.structure} has no blocks to count; leave the blocks out")
         if self.quantize is not None:
             quantization_named(self.quantize)
+        if self.joint:
+            self._check_joint()
         for name in ("sweeps", "tokens", "window", "gradient_windows"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, but is {getattr(self, name)}")
+
+    def _check_joint(self) -> None:
+        needed = {"structure": "lowrank", "allocation": "uniform", "allow_slower": True}
+        needed |= {"outputs": "equal", "quantize": None}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise PlanError(
+                    f"shared factors (joint) go with {name} {value}, but {name} is "
+                    f"{getattr(self, name)}"
+                )
 
     @property
     def quantization(self) -> Quantization | None:

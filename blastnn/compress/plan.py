@@ -8,14 +8,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import nn
 
+from blastnn.checkpoint import StoredLayer, check_owners
 from blastnn.compress.options import Options
-from blastnn.errors import PlanError
+from blastnn.errors import PlanError, StructureError
 from blastnn.files import read_json
 from blastnn.kernels import predicted_speedup
 from blastnn.models.linears import LinearInfo, find_linears
-from blastnn.structures import Structure, spec_from_json, structure_named
+from blastnn.quantization import Quantization, stored_bytes
+from blastnn.structures import Structure, structure_named
 
 FORMAT = "blastnn-plan/1"
 OUTSIDE = "outside the blocks; name it in targets to compress it"
@@ -25,7 +28,10 @@ ALLOCATED = "stays dense: its share of the budget is best spent whole"
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One linear layer: compressed into ``spec``, or kept dense for ``reason``."""
+    """One linear layer: compressed into ``spec``, or kept dense for ``reason``.
+
+    ``shared`` is the name of the layer, in the same block, whose right factor it uses.
+    """
 
     name: str
     kind: str
@@ -34,6 +40,7 @@ class LayerPlan:
     in_features: int
     spec: Structure | None
     reason: str | None
+    shared: str | None = None
 
     @property
     def dense_params(self) -> int:
@@ -42,8 +49,20 @@ class LayerPlan:
 
     @property
     def planned_params(self) -> int:
-        """Parameters of what it becomes."""
-        return self.dense_params if self.spec is None else self.spec.num_params
+        """Parameters of what it becomes; a shared factor counts where it is stored."""
+        return self.dense_params if self.spec is None else self.stored.num_params
+
+    @property
+    def stored(self) -> StoredLayer:
+        """What is stored of a layer that is compressed."""
+        assert self.spec is not None
+        return StoredLayer(self.spec, shared=self.shared)
+
+    def num_bytes(self, quantization: Quantization | None, dtype: torch.dtype) -> int:
+        """Bytes of what it becomes, scales included."""
+        if self.spec is None or self.shared is not None:
+            return self.planned_params * dtype.itemsize
+        return stored_bytes(self.spec, quantization, dtype)
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,7 @@ class Plan:
             "keep": self.keep,
             "of": self.of,
             "layers": {
-                layer.name: {"keep": layer.reason} if layer.spec is None else layer.spec.to_json()
+                layer.name: {"keep": layer.reason} if layer.spec is None else layer.stored.to_json()
                 for layer in self.layers
             },
         }
@@ -290,6 +309,10 @@ def plan_from_file(plan: Plan, path: Path, head: str | None = None) -> Plan:
     if unknown:
         raise PlanError(f"{path} was made for another model: layers differ, e.g. {unknown[0]}")
     layers = tuple(_planned(layer, entries[layer.name], path, head) for layer in plan.layers)
+    try:
+        check_owners({layer.name: layer.stored for layer in layers if layer.spec is not None})
+    except StructureError as error:
+        raise PlanError(f"{path}: {error}") from error
     return replace(plan, layers=layers, keep=float(values["keep"]), of=str(values["of"]))
 
 
@@ -302,7 +325,8 @@ def _planned(layer: LayerPlan, entry: dict[str, Any], path: Path, head: str | No
     if fixed or (layer.block is None and layer.name != head):
         reason = layer.reason if fixed else "it is neither in a block nor the output layer"
         raise PlanError(f"{path}: layer {layer.name} cannot be compressed: {reason}")
-    spec = spec_from_json(entry)
+    stored = StoredLayer.from_json(entry)
+    spec = stored.spec
     if (spec.out_features, spec.in_features) != (layer.out_features, layer.in_features):
         raise PlanError(f"{path}: {spec} does not fit layer {layer.name}")
-    return replace(layer, spec=spec, reason=None)
+    return replace(layer, spec=spec, reason=None, shared=stored.shared)

@@ -94,6 +94,12 @@ def _open(folder: Path) -> _Source:
             f"{folder} is quantised already (e.g. {done[0]}); quantise the folder that it was "
             "made from"
         )
+    shared = [name for name, layer in layers.items() if layer.shared is not None]
+    if shared:
+        raise CheckpointError(
+            f"{folder} has layers that share factors (e.g. {shared[0]}), which are not "
+            "quantised; compress without --joint"
+        )
     skeleton = build_skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     prefix = f"{skeleton.base_model_prefix}."
     check_factors(layers, tensors, prefix)

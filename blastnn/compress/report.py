@@ -28,7 +28,6 @@ from blastnn.compress.plan import ALLOCATED, LayerPlan
 from blastnn.compress.run import RunOutcome
 from blastnn.errors import BlastnnError
 from blastnn.files import read_json, write_json, write_text
-from blastnn.quantization import stored_bytes
 from blastnn.structures.grid import block_pair
 from blastnn.version import __version__
 
@@ -144,8 +143,9 @@ def _row(layer: LayerPlan, record: dict[str, Any] | None, job: Job) -> dict[str,
         "solver": record["solver"] if record else None,
         "solver_status": record["solver_status"] if record else None,
         "params_before": layer.dense_params,
-        "params_after": spec.num_params if spec else layer.dense_params,
-        "bytes_after": stored_bytes(spec, how, job.dtype) if spec else dense_bytes,
+        "params_after": layer.planned_params if spec else layer.dense_params,
+        "bytes_after": layer.num_bytes(how, job.dtype) if spec else dense_bytes,
+        "shared": layer.shared if spec else None,
         "quantized": how.to_json() if how else None,
         "relative_error": error,
         "weighted_outputs": bool(record and record["weighted_outputs"]),

@@ -176,7 +176,7 @@ class _Run:
         done = {record.name for record in self.journal.records if record.status == "compressed"}
         how = self.job.options.quantization
         return {
-            layer.name: StoredLayer(layer.spec, how)
+            layer.name: StoredLayer(layer.spec, how, layer.shared)
             for layer in self.job.plan.compressed
             if layer.spec is not None and layer.name in done
         }

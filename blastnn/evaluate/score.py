@@ -70,7 +70,7 @@ def inspect_folder(folder: Path, verify: bool = False) -> dict[str, Any]:
     check_factors(layers, tensors, prefix)
     specs = [layer.spec for layer in layers.values()]
     before = sum(spec.out_features * spec.in_features for spec in specs)
-    after = sum(spec.num_params for spec in specs)
+    after = sum(layer.num_params for layer in layers.values())
     entries = {n: _layer_entry(n, layer, tensors, prefix) for n, layer in layers.items()}
     stored = sum(entry["bytes"] for entry in entries.values())
     result: dict[str, Any] = {
@@ -96,7 +96,7 @@ def _layer_entry(
     """A layer's entry of ``config.json``, with its numbers and their bytes, scales included."""
     found = [find_name(f"{name}.{factor}", prefix, tensors) for factor in layer.forms]
     size = sum(tensors.shape_bytes(stored) for stored in found if stored is not None)
-    params = layer.spec.num_params
+    params = layer.num_params
     return {
         **layer.to_json(),
         "params": params,

@@ -19,6 +19,8 @@ Baselines, at the same budget:
 - ``whitened-svd-sequential``: the same, one layer after the other on the compressed model's inputs.
 - ``whitened-svd-allocated``: ``whitened-svd`` with our allocation of the budget, which is not part
   of the published method; all other baselines share it out uniformly.
+- ``joint-rank-k``: the BLAST paper's Joint Rank-k (Appendix D), with whitened inputs: query, key
+  and value, and gate and up, share a right factor, which is counted once. Layers independent.
 - ``monarch``: Monarch matrices (Dao et al. 2022, arXiv 2204.00595), projected block by block,
   without data, as the BLAST paper compares with them.
 - ``block-low-rank``: the same without the permutation of rows.
@@ -114,6 +116,11 @@ METHODS: dict[str, Method] = {
             "whitened-svd-allocated",
             "whitened SVD, layers independent, the budget shared out by our measurement",
             {**_LOW_RANK, "inputs": "dense", "moment": "full", "allocation": "measured"},
+        ),
+        Method(
+            "joint-rank-k",
+            "whitened SVD of query, key and value stacked, and of gate and up, layers independent",
+            {**_LOW_RANK, "inputs": "dense", "moment": "full", "joint": True},
         ),
         Method(
             "monarch",

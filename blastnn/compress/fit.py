@@ -1,0 +1,153 @@
+"""One layer fitted, or several that share a factor: weights and moments in, layers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blastnn.compress.moments import Moments
+from blastnn.compress.options import Options
+from blastnn.compress.output_weight import OutputWeight
+from blastnn.compress.plan import LayerPlan
+from blastnn.errors import FactorizationError
+from blastnn.factorize import (
+    SOLVERS,
+    choose_solver,
+    factorize,
+    joint_low_rank,
+    prepare,
+    shifted_target,
+    solver_options,
+)
+from blastnn.linear import StructuredLinear
+from blastnn.models.linears import dense_weight
+from blastnn.structures import LowRank, cast_factors
+
+NO_INPUT = "its inputs are zero on the whole calibration text: fitted without data"
+Fitted = tuple[StructuredLinear, dict[str, Any]]  # a layer, and the fields of its record
+
+
+def fit_layers(
+    olds: Sequence[nn.Module],
+    plans: Sequence[LayerPlan],
+    moments: Moments | None,
+    outputs: Sequence[Tensor | None],
+    options: Options,
+    dtype: torch.dtype,
+) -> list[Fitted]:
+    """Layers that are to be fitted together: those that share a factor, or one alone.
+
+    Args:
+        olds: dense layers that read the same input; the first owns what they share.
+        plans: of each.
+        moments: of their input; None fits without data.
+        outputs: for each, what weights its outputs; not used where a factor is shared.
+        options: ``damping``, ``solver``, ``sweeps``, ``seed`` and ``quantize`` are used.
+        dtype: to which the float32 factors are rounded.
+
+    Raises:
+        FactorizationError: a weight that cannot be worked with.
+    """
+    if len(plans) == 1:
+        return [fit_layer(olds[0], plans[0], moments, outputs[0], options, dtype)]
+    if options.quantization is not None:
+        raise FactorizationError("layers that share a factor are not quantised; leave that out")
+    spec, weights = plans[0].spec, [dense_weight(old).float() for old in olds]
+    assert isinstance(spec, LowRank)
+    aim = _aim(torch.cat(weights), moments, options, shifted=True)
+    targets = aim.target.split([weight.shape[0] for weight in weights])
+    joint = joint_low_rank(targets, spec.rank, aim.second)
+    fitted: list[Fitted] = []
+    for old, plan, target, factors in zip(olds, plans, targets, joint.factors, strict=True):
+        assert plan.spec is not None
+        layer = _layer(old, plan, cast_factors(cast_factors(factors, dtype), torch.float32))
+        problem = prepare(target, aim.second)
+        error = problem.relative_error(layer.to_dense().double() / problem.scale)
+        if fitted:
+            layer.share(fitted[0][0])
+        status = {"solver": "joint_low_rank", "solver_status": "optimal: SVD of the stack"}
+        fitted.append((layer, {"relative_error": error, "notes": list(aim.notes), **status}))
+    return fitted
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What a fit is to reproduce: ``target (m, n)``, under ``second (n, n)`` if that is known."""
+
+    target: Tensor
+    second: Tensor | None
+    notes: tuple[str, ...]
+
+
+def _aim(weight: Tensor, moments: Moments | None, options: Options, shifted: bool) -> _Aim:
+    """With ``shifted`` the target repairs what the layers before got wrong."""
+    if moments is None:
+        return _Aim(weight, None, ())
+    if not bool(moments.second.any()):
+        return _Aim(weight, None, (NO_INPUT,))
+    second, cross = moments.damped(options.damping)
+    if cross is not None and shifted:
+        weight = shifted_target(weight, second, cross).float()
+    return _Aim(weight, second, ())
+
+
+def _layer(old: nn.Module, plan: LayerPlan, factors: dict[str, Tensor]) -> StructuredLinear:
+    """A structured layer with the bias of a dense one; not trainable."""
+    assert plan.spec is not None
+    bias = getattr(old, "bias", None)
+    layer = StructuredLinear.from_factors(
+        plan.spec, factors, None if bias is None else bias.detach().clone()
+    )
+    return layer.requires_grad_(False)
+
+
+def fit_layer(
+    old: nn.Module,
+    plan: LayerPlan,
+    moments: Moments | None,
+    outputs: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+) -> Fitted:
+    """A structured layer, float32 but rounded to ``dtype``, and the fields of its record.
+
+    ``outputs`` weights the errors of its outputs (``output_weight.py``); None counts all alike.
+    """
+    assert plan.spec is not None
+    solver = choose_solver(plan.spec, options.solver)
+    data_free = not SOLVERS[solver].USES_SECOND_MOMENT
+    aim = _aim(dense_weight(old).float(), moments, options, shifted=not data_free)
+    extra = {"sweeps": options.sweeps} if "sweeps" in solver_options(solver) else {}
+    seen = None if data_free else aim.second
+    weighted = outputs is not None and plan.spec.row_blocks() is not None and bool(outputs.any())
+    if weighted:
+        assert outputs is not None
+        weight = OutputWeight(outputs, plan.spec)
+        wanted = weight.apply(aim.target)
+        result = factorize(wanted, plan.spec, seen, solver, options.seed, torch.float32, **extra)
+        factors = cast_factors(weight.undo(result.factors), dtype)
+    else:
+        result = factorize(aim.target, plan.spec, seen, solver, options.seed, dtype, **extra)
+        factors = result.factors
+    layer = _layer(old, plan, cast_factors(factors, torch.float32))
+    error, before = result.relative_error, None
+    remeasured = weighted or (data_free and aim.second is not None)
+    if options.quantization is not None or remeasured:
+        problem = prepare(aim.target, aim.second)
+        dense = layer.to_dense().double() / problem.scale
+        error = problem.relative_error(dense) if remeasured else error
+    if options.quantization is not None:
+        layer, before = layer.quantized(options.quantization, aim.second), error
+        error = problem.relative_error(layer.to_dense().double() / problem.scale)
+    return layer.requires_grad_(False), {
+        "relative_error": error,
+        "error_before_quantization": before,
+        "weighted_outputs": weighted,
+        "solver": result.solver,
+        "solver_status": result.status,
+        "notes": [*aim.notes, *result.notes],
+    }
