@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import blastnn
 from blastnn.compress.allocate import allocate
-from blastnn.compress.block import fit_layer
+from blastnn.compress.fit import fit_layer
 from blastnn.compress.job import Job, Progress, prepare_job
 from blastnn.compress.measured import MEASUREMENT, PLAN, measured_windows, read_all
 from blastnn.compress.moments import Moments
