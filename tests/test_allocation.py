@@ -62,19 +62,18 @@ def test_a_spectrum_is_that_of_the_twice_weighted_matrix(rows: int, columns: int
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(40, 60), (60, 40)])
+@pytest.mark.parametrize(("rows", "columns"), [(120, 200), (200, 120)])
 def test_moments_that_are_singular_have_a_spectrum(rows: int, columns: int) -> None:
-    """Ten tokens, and one of enormous size, as the first token of a text is in many models."""
+    """Inputs of rank 3: the sums of their float32 products are a little indefinite."""
     torch.manual_seed(0)
     layer = nn.Linear(columns, rows, bias=False).requires_grad_(False)
-    x = torch.randn(10, columns)
-    x[0] *= 1e5
+    x = torch.randn(2000, 3) @ torch.randn(3, columns)
     total = LayerSum(layer)
     with total:
-        (layer(x) * torch.randn(10, rows)).sum().backward()
+        (layer(x) * torch.randn(2000, rows)).sum().backward()
     spectrum = torch.tensor(total.spectrum())
-    assert bool(torch.isfinite(spectrum).all()) and float(spectrum[0]) > 0
-    assert float(spectrum[12:].max()) < 1e-3 * float(spectrum[0])
+    assert bool((spectrum[:3] > 0).all())
+    assert float(spectrum[3:].max()) < 1e-4 * float(spectrum[2])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "albert"])
