@@ -81,6 +81,9 @@ Joint = Annotated[
     bool | None,
     typer.Option("--joint", help="share the right factor of layers that read the same input"),
 ]
+Coupled = Annotated[
+    bool | None, typer.Option("--coupled", help="prune attention heads and MLP channels whole")
+]
 AllowSlower = Annotated[
     bool | None,
     typer.Option(
@@ -100,6 +103,7 @@ class _BudgetChoices:
     keep: Share = None
     structure: StructureName = None
     joint: Joint = None
+    coupled: Coupled = None
 
 
 @dataclass(frozen=True)

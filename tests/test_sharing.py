@@ -194,7 +194,7 @@ def test_bfloat16_and_a_plan_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"structure": "blast"}, "structure lowrank, but structure is blast"),
+        ({"structure": "blast"}, "structure lowrank alone, but structure is blast"),
         ({"quantize": "int8"}, "quantize None"),
         ({"allocation": "measured"}, "allocation uniform"),
         ({"outputs": "weighted"}, "outputs equal"),

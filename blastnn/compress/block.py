@@ -27,6 +27,7 @@ from blastnn.compress.moments import (
 )
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan
+from blastnn.compress.pruning import choose_kept
 from blastnn.errors import FactorizationError
 from blastnn.linear import StructuredLinear
 from blastnn.models.walk import Call
@@ -123,6 +124,10 @@ class BlockCompressor:
         ahead: dict[InputGroup, Moments] = {}
         if streams is not None and independent:
             ahead = pass_through(dense, calls, streams.dense, groups, self.options.moment)
+        kept: dict[str, Tensor] = {}
+        if self.options.coupled:
+            known = {kind: moments for group, moments in ahead.items() for kind in group.layers}
+            kept = choose_kept(dense, plans, known, outputs)
         solving = 0.0
         for group in groups:
             # A block called once has its dense output for nothing while its last group is read.
@@ -133,7 +138,7 @@ class BlockCompressor:
                 else self._moments(dense, block, calls, group, streams, advance)
             )
             for bundle in _bundles([by_kind[kind] for kind in group.layers]):
-                for plan, record in self._replace(block, bundle, moments, outputs):
+                for plan, record in self._replace(block, bundle, moments, outputs, kept):
                     records[plan.kind] = record
                     solving += record.seconds or 0.0
                     self.on_layer(plan, record)
@@ -193,13 +198,14 @@ class BlockCompressor:
         bundle: Sequence[LayerPlan],
         moments: Moments | None,
         outputs: Mapping[str, Tensor],
+        kept: Mapping[str, Tensor],
     ) -> list[tuple[LayerPlan, LayerRecord]]:
         """Fit layers that go together and put the structured layers in their places."""
         start = time.perf_counter()
         olds = [block.get_submodule(plan.kind) for plan in bundle]
         try:
-            weights = [outputs.get(plan.kind) for plan in bundle]
-            fitted = fit_layers(olds, bundle, moments, weights, self.options, self.dtype)
+            weights, stay = ([of.get(plan.kind) for plan in bundle] for of in (outputs, kept))
+            fitted = fit_layers(olds, bundle, moments, weights, stay, self.options, self.dtype)
         except FactorizationError as error:
             raise FactorizationError(f"layer {bundle[0].name}: {error}") from error
         seconds = (time.perf_counter() - start) / len(bundle)

@@ -11,6 +11,7 @@ from torch import nn
 
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan, plan_from_file
+from blastnn.compress.pruning import prune_plan
 from blastnn.compress.sharing import share_inputs
 from blastnn.compress.walker import Walker
 from blastnn.dtypes import DTYPES, dtype_named
@@ -94,6 +95,8 @@ def draft_job(
     plan = make_plan(walker.model, walker.block_names, options, walker.head, walker.loader.tied)
     if options.joint:
         plan = share_inputs(plan)
+    if options.coupled:
+        plan = prune_plan(plan, folder.config)
     if plan_file is not None:
         plan = plan_from_file(plan, plan_file, walker.head)
     dtype, given = _output_dtype(folder, options), plan_file is not None

@@ -36,6 +36,7 @@ def fit_layers(
     plans: Sequence[LayerPlan],
     moments: Moments | None,
     outputs: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
     options: Options,
     dtype: torch.dtype,
 ) -> list[Fitted]:
@@ -46,6 +47,7 @@ def fit_layers(
         plans: of each.
         moments: of their input; None fits without data.
         outputs: for each, what weights its outputs; not used where a factor is shared.
+        kept: for each, the channels that stay; None where its solver chooses.
         options: ``damping``, ``solver``, ``sweeps``, ``seed`` and ``quantize`` are used.
         dtype: to which the float32 factors are rounded.
 
@@ -53,7 +55,7 @@ def fit_layers(
         FactorizationError: a weight that cannot be worked with.
     """
     if len(plans) == 1:
-        return [fit_layer(olds[0], plans[0], moments, outputs[0], options, dtype)]
+        return [fit_layer(olds[0], plans[0], moments, outputs[0], options, dtype, kept[0])]
     if options.quantization is not None:
         raise FactorizationError("layers that share a factor are not quantised; leave that out")
     spec, weights = plans[0].spec, [dense_weight(old).float() for old in olds]
@@ -112,16 +114,22 @@ def fit_layer(
     outputs: Tensor | None,
     options: Options,
     dtype: torch.dtype,
+    kept: Tensor | None = None,
 ) -> Fitted:
     """A structured layer, float32 but rounded to ``dtype``, and the fields of its record.
 
     ``outputs`` weights the errors of its outputs (``output_weight.py``); None counts all alike.
+    Given the channels that are ``kept``, their numbers stay as they are.
     """
     assert plan.spec is not None
     solver = choose_solver(plan.spec, options.solver)
     data_free = not SOLVERS[solver].USES_SECOND_MOMENT
     aim = _aim(dense_weight(old).float(), moments, options, shifted=not data_free)
-    extra = {"sweeps": options.sweeps} if "sweeps" in solver_options(solver) else {}
+    extra: dict[str, Any] = {}
+    if "sweeps" in solver_options(solver):
+        extra = {"sweeps": options.sweeps}
+    if kept is not None:
+        extra = {"kept": kept, "refit": False}
     seen = None if data_free else aim.second
     weighted = outputs is not None and plan.spec.row_blocks() is not None and bool(outputs.any())
     if weighted:

@@ -25,6 +25,7 @@ from blastnn.compress.measured import row_blocks
 from blastnn.compress.moments import Moments, MomentSum
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
+from blastnn.compress.pruning import prune_plan
 from blastnn.compress.sharing import share_inputs
 from blastnn.compress.spectrum import measure_whole
 from blastnn.errors import CalibrationError, PlanError
@@ -102,6 +103,7 @@ def _by_blocks(
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     plan = make_plan(model, [block.name for block in blocks], options, None, tied)
     plan = share_inputs(plan) if options.joint else plan
+    plan = prune_plan(plan, model.config) if options.coupled else plan
     plan, outputs = _measured(model, plan, options, batches)
     dtype = next(iter(blocks[0].module.parameters())).dtype
     compressor = BlockCompressor(options, dtype, lambda *_: None)
@@ -129,8 +131,8 @@ def _as_one_block(
 ) -> CompressionResult:
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise PlanError("the model has parameters on the meta device; load its weights first")
-    if options.joint:
-        raise PlanError("nothing is known of which layers of this module share an input: no joint")
+    if options.joint or options.coupled:
+        raise PlanError("nothing is known of which layers of this module belong together")
     plan = make_plan(model, [""], options, None, [])
     plan, outputs = _measured(model, plan, options, batches)
     wanted = list(plan.compressed)
@@ -165,7 +167,7 @@ def _measured(
     model.requires_grad_(False)
     found = measure_whole(
         model,
-        {layer.name: row_blocks(layer, options.outputs) for layer in plan.compressed},
+        {layer.name: row_blocks(layer, options) for layer in plan.compressed},
         [partial(_output, model, batch) for batch in chosen],
         isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None,
         options.seed,

@@ -16,10 +16,12 @@ from torch import Tensor
 from blastnn.compress.allocate import allocate
 from blastnn.compress.job import Job
 from blastnn.compress.journal import Journal
+from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, plan_from_file
 from blastnn.compress.sensitivity import SensitivityPass, outputs_file
 from blastnn.files import write_json
 from blastnn.models.tensors import TensorFolder
+from blastnn.structures import Channels
 
 PLAN = "plan.json"
 MEASUREMENT = "measured"
@@ -91,13 +93,17 @@ def measured_windows(job: Job) -> Tensor:
     return ids[torch.arange(count) * len(ids) // count]
 
 
-def row_blocks(layer: LayerPlan, outputs: str) -> int | None:
+def row_blocks(layer: LayerPlan, options: Options) -> int | None:
     """Into how many blocks of rows a layer's ``G`` is cut; None where it is not wanted."""
-    return layer.spec.row_blocks() if layer.spec is not None and outputs == "weighted" else None
+    if layer.spec is None or options.outputs != "weighted":
+        return None
+    if isinstance(layer.spec, Channels):
+        return 1 if options.coupled and layer.spec.axis == "columns" else None
+    return layer.spec.row_blocks()
 
 
 def _pass_of(job: Job, folder: Path) -> SensitivityPass:
-    ids, how = measured_windows(job), job.options.outputs
+    ids, options = measured_windows(job), job.options
     job.progress.say(
         f"measuring how much each layer matters, on {ids.shape[0]} windows of {ids.shape[1]} tokens"
     )
@@ -105,7 +111,7 @@ def _pass_of(job: Job, folder: Path) -> SensitivityPass:
     return SensitivityPass(
         walker=job.walker,
         ids=ids,
-        layers=[{la.name: row_blocks(la, how) for la in of if la.spec is not None} for of in plans],
+        layers=[{la.name: row_blocks(la, options) for la in of if la.spec} for of in plans],
         folder=folder,
         seed=job.options.seed,
         step=job.progress.measured,

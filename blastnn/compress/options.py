@@ -47,6 +47,7 @@ class Options:
         outputs: whether the error of a layer's outputs is ``weighted`` by the gradients that the
             model's output has there (``output_weight.py``) or all count ``equal``.
         gradient_windows: how many windows of the calibration text to measure both with.
+        coupled: whether attention heads and MLP channels are pruned whole (``pruning.py``).
         joint: whether layers that read the same input share their right factor (Joint Rank-k).
         allow_slower: whether to compress layers also where the product is expected to be slower
             than the dense one (``blastnn.kernels.worth``); otherwise such a layer gets fewer blocks
@@ -71,6 +72,7 @@ class Options:
     allocation: str = "measured"
     outputs: str = "weighted"
     gradient_windows: int = 8
+    coupled: bool = False
     joint: bool = False
     allow_slower: bool = False
 
@@ -94,19 +96,20 @@ class Options:
         if self.quantize is not None:
             quantization_named(self.quantize)
         if self.joint:
-            self._check_joint()
+            shared = {"structure": "lowrank", "outputs": "equal", "quantize": None}
+            self._require("joint", {**shared, "coupled": False})
+        if self.coupled:
+            self._require("coupled", {"structure": "channels", "inputs": "dense"})
         for name in ("sweeps", "tokens", "window", "gradient_windows"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, but is {getattr(self, name)}")
 
-    def _check_joint(self) -> None:
-        needed = {"structure": "lowrank", "allocation": "uniform", "allow_slower": True}
-        needed |= {"outputs": "equal", "quantize": None}
-        for name, value in needed.items():
+    def _require(self, what: str, others: dict[str, Any]) -> None:
+        """Refuse choices that do not go with a way of compressing several layers together."""
+        for name, value in {**others, "allocation": "uniform", "allow_slower": True}.items():
             if getattr(self, name) != value:
                 raise PlanError(
-                    f"shared factors (joint) go with {name} {value}, but {name} is "
-                    f"{getattr(self, name)}"
+                    f"{what} goes with {name} {value} alone, but {name} is {getattr(self, name)}"
                 )
 
     @property

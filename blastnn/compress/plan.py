@@ -24,6 +24,8 @@ FORMAT = "blastnn-plan/1"
 OUTSIDE = "outside the blocks; name it in targets to compress it"
 UNTARGETED = "not among the targets"
 ALLOCATED = "stays dense: its share of the budget is best spent whole"
+WHOLE = "stays dense: pruning takes its share from other layers"
+IN_BUDGET = (ALLOCATED, WHOLE)  # why a layer stays dense whose parameters count towards keep
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Plan:
     @property
     def targets(self) -> tuple[LayerPlan, ...]:
         """The layers that share the budget: the compressed ones, and those that it keeps dense."""
-        return tuple(la for la in self.layers if la.spec is not None or la.reason == ALLOCATED)
+        return tuple(la for la in self.layers if la.spec is not None or la.reason in IN_BUDGET)
 
     @property
     def target_params(self) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from blastnn.compress.measured import (
     why_unmeasured,
 )
 from blastnn.compress.memory_use import HOW
-from blastnn.compress.plan import ALLOCATED, LayerPlan
+from blastnn.compress.plan import ALLOCATED, IN_BUDGET, LayerPlan
 from blastnn.compress.run import RunOutcome
 from blastnn.errors import BlastnnError
 from blastnn.files import read_json, write_json, write_text
@@ -157,7 +157,7 @@ def _row(layer: LayerPlan, record: dict[str, Any] | None, job: Job) -> dict[str,
 
 def _keep(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any]:
     """Asked and achieved, of the targets and of the whole model, in parameters and bytes."""
-    targeted = [r for r in coverage if r["status"] == "compressed" or r["reason"] == ALLOCATED]
+    targeted = [r for r in coverage if r["status"] == "compressed" or r["reason"] in IN_BUDGET]
     before = sum(row["params_before"] for row in targeted)
     after = sum(row["params_after"] for row in targeted)
     stored = job.folder.tensors.num_bytes

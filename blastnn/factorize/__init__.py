@@ -33,6 +33,7 @@ SOLVERS: dict[str, ModuleType] = {
         "gd",
         "svd",
         "projection",
+        "channels",
         "bases",
         "alternate",
         "sparse",

@@ -29,3 +29,21 @@ SHARED_INPUTS = (
     ("q_lin", "k_lin", "v_lin"),
     ("gate_proj", "up_proj"),
 )
+# Which layers of a block have channels in common, by their names in it: the first reads what the
+# others write, channel by channel, and nothing else reads it. Where it says so, channels come in
+# attention heads.
+COUPLED: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("self_attn.o_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), True),
+    ("self_attn.out_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), True),
+    ("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"), False),
+    ("fc2", ("fc1",), False),
+    ("mlp.c_proj", ("mlp.c_fc",), False),
+    (
+        "attention.output.dense",
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        True,
+    ),
+    ("output.dense", ("intermediate.dense",), False),
+    ("attention.out_lin", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), True),
+    ("ffn.lin2", ("ffn.lin1",), False),
+)

@@ -11,6 +11,7 @@ from blastnn.structures.block_low_rank import BlockLowRank as BlockLowRank
 from blastnn.structures.block_low_rank import Monarch as Monarch
 from blastnn.structures.block_sparse import SparseLowRank as SparseLowRank
 from blastnn.structures.blr2 import BLR2 as BLR2
+from blastnn.structures.channels import Channels as Channels
 from blastnn.structures.gblr import GBLR as GBLR
 from blastnn.structures.lowrank import LowRank as LowRank
 from blastnn.structures.pixelfly import Pixelfly as Pixelfly

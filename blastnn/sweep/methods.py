@@ -21,6 +21,8 @@ Baselines, at the same budget:
   of the published method; all other baselines share it out uniformly.
 - ``joint-rank-k``: the BLAST paper's Joint Rank-k (Appendix D), with whitened inputs: query, key
   and value, and gate and up, share a right factor, which is counted once. Layers independent.
+- ``coupled-pruning``: attention heads and MLP channels removed whole, in the manner of LLM-Pruner
+  (Ma, Fang and Wang 2023, arXiv 2305.11627) without its retraining; see ``compress/pruning.py``.
 - ``monarch``: Monarch matrices (Dao et al. 2022, arXiv 2204.00595), projected block by block,
   without data, as the BLAST paper compares with them.
 - ``block-low-rank``: the same without the permutation of rows.
@@ -121,6 +123,20 @@ METHODS: dict[str, Method] = {
             "joint-rank-k",
             "whitened SVD of query, key and value stacked, and of gate and up, layers independent",
             {**_LOW_RANK, "inputs": "dense", "moment": "full", "joint": True},
+        ),
+        Method(
+            "coupled-pruning",
+            "heads and MLP channels removed whole (like LLM-Pruner, arXiv 2305.11627)",
+            {
+                "structure": "channels",
+                "solver": "channels",
+                "allow_slower": True,
+                "inputs": "dense",
+                "moment": "full",
+                "outputs": "weighted",
+                "coupled": True,
+                **_UNIFORM,
+            },
         ),
         Method(
             "monarch",
