@@ -62,6 +62,23 @@ def test_every_method_is_explained_and_its_options_are_valid():
         assert (options.tokens, options.window) == (COMMON.tokens, COMMON.window)
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model so wide that every structure has a size near a half of its layers."""
+    sizes = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
+    return make_folder(tmp_path_factory.mktemp("sweep") / "wide", **sizes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_its_share(wide: Path, tmp_path: Path, method: str) -> None:
+    """All methods at one size; a half is what diagonal blocks can meet."""
+    values = run_sweep(ask(wide, (method,), keeps=(0.5,)), tmp_path)
+    (cell,) = values["cells"].values()
+    assert cell["status"] == "finished", cell["error"]
+    assert 0.45 <= cell["params"]["kept"] <= 0.5
+    assert cell["verified"]
+
+
 def test_a_cell_is_the_job_of_its_options(source: Path, tmp_path: Path) -> None:
     """Scores and sizes against the commands that look at the folder it left behind."""
     values = run_sweep(ask(source, ("whitened-svd",)), tmp_path, keep_models=True)
