@@ -187,9 +187,33 @@ def test_pytorch_finds_the_operator_well_formed():
     operator = torch.ops.blastnn.blast.default
     torch.library.opcheck(operator, (x, U, S, V, spec.out_features))
     torch.library.opcheck(operator, (x[0, :, :6].detach(), U[:1], None, V[:1], 5))
+    forward = torch.ops.blastnn.blast_forward.default
+    torch.library.opcheck(forward, (x[0, :, :6].detach(), U[0].detach(), None, V[0].detach(), 5))
+    for refused in (operator, forward):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            refused(x, U, None, V[:1], spec.out_features)
 
-    with pytest.raises(RuntimeError, match="do not fit"):
-        operator(x, U, None, V[:1], spec.out_features)
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[7], SPECS[9], SPECS[12]], ids=str)
+def test_a_graph_writes_into_its_own_memory_what_a_call_returns(spec):
+    """Two operators, one product: with factors as they are and, where it can be, quantised."""
+    factors, x = fresh(spec, torch.float32), torch.randn(2, 3, spec.in_features)
+    how = QUANTIZATIONS["int4"]
+    products = [lambda x: native.matmul(spec, x, factors)]
+    if native.quantized_obstacle(spec, how, "cpu", torch.float32) is None:
+        stored = quantize_factors(spec, factors, how)
+        products.append(lambda x: native.quantized_matmul(spec, how, x, stored))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    for product in products:
+        compiled = torch.compile(product, backend=backend, fullgraph=True)
+        assert torch.equal(compiled(x), product(x))
+        assert any("_into" in str(node.target) for node in graphs[-1].graph.nodes)
 
 
 @pytest.mark.parametrize("name", sorted(STRUCTURES))
@@ -318,5 +342,7 @@ def test_a_measured_choice_is_kept_with_the_model_and_made_again(forgetful, capl
 def test_what_cannot_be_faster_is_told_to_the_planner():
     assert predicted_speedup(Blast.for_budget(4096, 4096, 2**23, blocks=16)) > 1.6
     assert predicted_speedup(Blast.for_budget(512, 512, int(0.97 * 2**18), blocks=8)) < 1
+    assert predicted_speedup(Blast.for_budget(1536, 576, int(0.8 * 1536 * 576), blocks=16)) < 1
+    assert predicted_speedup(Blast.for_budget(192, 576, int(0.8 * 192 * 576), blocks=8)) > 1
     assert predicted_speedup(Blast(16, 16, rank=2, blocks=(2, 2))) is None  # too small to matter
     assert predicted_speedup(STRUCTURES["gblr"].for_budget(512, 512, 2**17)) is None

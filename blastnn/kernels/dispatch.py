@@ -34,15 +34,16 @@ UNQUANTIZED_ONLY = "it takes no quantised factors"
 
 _weights: list[Weight] = []
 _numbers: dict[Weight, int] = {}
-_chosen: dict[tuple[Weight, str, torch.dtype], Choice] = {}
+_chosen: dict[tuple[int, str, torch.dtype], Choice] = {}  # by the weight's number
 _preferred: dict[tuple[Structure, str, torch.dtype], str] = {}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that serves, and why each one before it in the table does not."""
+    """The kernel that serves, its place in the table, and why each one before it does not."""
 
     kernel: ModuleType
+    place: int
     passed_over: dict[str, str]
 
     @property
@@ -55,20 +56,30 @@ def choose(
     spec: Structure, device: str, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> Choice:
     """The kernel for a structure on a device type (``"cpu"``, ``"cuda"``) in a dtype of inputs."""
-    key = ((spec, quantization), device, dtype)
+    return _choice(number_of(spec, quantization), device, dtype)
+
+
+def _choice(number: int, device: str, dtype: torch.dtype) -> Choice:
+    """The same for a numbered weight, which is found faster than a spec."""
+    key = (number, device, dtype)
     if key not in _chosen:
-        passed_over: dict[str, str] = {}
-        wanted = _preferred.get((spec, device, dtype)) if quantization is None else None
-        for kernel in TABLE.get(device, OTHERWISE):
-            if wanted not in (None, kernel.NAME):
-                passed_over[kernel.NAME] = f"{wanted} was measured to be faster"
-                continue
-            reason = _obstacle(kernel, (spec, quantization), device, dtype)
-            if reason is None:
-                break
-            passed_over[kernel.NAME] = reason
-        _chosen[key] = Choice(kernel, passed_over)
+        _chosen[key] = _made(_weights[number], device, dtype)
     return _chosen[key]
+
+
+def _made(weight: Weight, device: str, dtype: torch.dtype) -> Choice:
+    spec, quantization = weight
+    passed_over: dict[str, str] = {}
+    wanted = _preferred.get((spec, device, dtype)) if quantization is None else None
+    for kernel in TABLE.get(device, OTHERWISE):
+        if wanted not in (None, kernel.NAME):
+            passed_over[kernel.NAME] = f"{wanted} was measured to be faster"
+            continue
+        reason = _obstacle(kernel, weight, device, dtype)
+        if reason is None:
+            break
+        passed_over[kernel.NAME] = reason
+    return Choice(kernel, len(passed_over), passed_over)
 
 
 def prefer(spec: Structure, device: str, dtype: torch.dtype, kernel: str) -> None:
@@ -81,7 +92,7 @@ def prefer(spec: Structure, device: str, dtype: torch.dtype, kernel: str) -> Non
     if kernel not in names:
         raise StructureError(f"the kernel {kernel!r} does not serve {spec}; these do: {names}")
     _preferred[spec, device, dtype] = kernel
-    _chosen.pop(((spec, None), device, dtype), None)
+    _chosen.pop((number_of(spec), device, dtype), None)
 
 
 def kernels_for(spec: Structure, device: str, dtype: torch.dtype) -> list[ModuleType]:
@@ -114,9 +125,7 @@ def number_of(spec: Structure, quantization: Quantization | None = None) -> int:
 @torch.compiler.assume_constant_result
 def _place(number: int, device: str, dtype: torch.dtype) -> int:
     """The place in the device's row of the kernel chosen for a numbered weight."""
-    spec, quantization = _weights[number]
-    kernel = choose(spec, device, dtype, quantization).kernel
-    return TABLE.get(device, OTHERWISE).index(kernel)
+    return _choice(number, device, dtype).place
 
 
 def matmul(
@@ -152,6 +161,8 @@ def check_operands(
     spec: Structure, x: Tensor, factors: Factors, quantization: Quantization | None = None
 ) -> None:
     """Raise StructureError unless the factors have the device and, unquantised, dtype of ``x``."""
+    if quantization is None and _alike(x, factors):
+        return
     large = () if quantization is None else spec.large_factors()
     for name in spec.factor_shapes():
         factor = factors[name]
@@ -161,3 +172,11 @@ def check_operands(
                 f"the input is {x.dtype} on {x.device}, but the factor {name} of {spec.name} is "
                 f"{factor.dtype} on {factor.device}; move or cast one of the two"
             )
+
+
+def _alike(x: Tensor, factors: Factors) -> bool:
+    """Whether all have one dtype and device: a plain loop, which a small product waits for."""
+    dtype, device, alike = x.dtype, x.device, True
+    for factor in factors.values():
+        alike = alike and factor.dtype == dtype and factor.device == device
+    return alike

@@ -7,14 +7,16 @@ Every element is summed in one order, whatever the number of threads: equal bits
 
 ``torch.ops.blastnn.blast(x, U, S, V, out_features)``: ``x (..., n)``, ``U (b1, p, r)``,
 ``S (b1, b2, r)`` or None for couplings of 1, ``V (b2, q, r)``, to ``(..., m)``. An ordinary
-operator to ``torch.compile`` and autograd; its gradients are plain PyTorch. ``blast_into`` and its
-like write into given memory and have none. Block low-rank matrices that are trained are multiplied
-in plain PyTorch altogether.
+operator to ``torch.compile`` and autograd; its gradients are plain PyTorch. ``blast_forward`` and
+its like have none, and so cost a call less than ``torch.nn.functional.linear`` does; in compiled
+graphs ``blast_into`` and its like write into given memory. Block low-rank matrices that are trained
+are multiplied in plain PyTorch altogether.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -28,7 +30,14 @@ from blastnn.structures import Blast, BlockLowRank, Factors, LowRank, Monarch, S
 
 NAME = "native"
 SERVED = (Blast, LowRank, BlockLowRank, Monarch)
+STRIDED: dict[type[Structure], bool] = {
+    BlockLowRank: False,
+    Monarch: True,
+}  # whether the rows of a block row are strided
+QUANTIZED = ("U", f"U{SCALE}", "V", f"V{SCALE}")
 DTYPES = (torch.float32, torch.bfloat16)
+# The operators without gradients, by name: to look them up would take as long as to call them.
+_forward: dict[str, Callable[..., Tensor]] = {}
 log = logging.getLogger("blastnn")
 
 
@@ -46,22 +55,31 @@ def obstacle(spec: Structure, device: str, dtype: torch.dtype) -> str | None:
 
 def matmul(spec: Structure, x: Tensor, factors: Factors) -> Tensor:
     """``x @ A.T`` for ``x (..., n)``."""
-    U, S, V, ops = factors["U"], factors.get("S"), factors["V"], torch.ops.blastnn
-    trained = torch.is_grad_enabled() and any(
-        value is not None and value.requires_grad for value in (x, U, S, V)
-    )
+    if torch.is_grad_enabled() and any(v.requires_grad for v in (x, *factors.values())):
+        return _differentiable(spec, x, factors)
+    U, V, strided = factors["U"], factors["V"], STRIDED.get(type(spec))
+    if strided is None:
+        return _called("blast", spec, x, U, factors.get("S"), V)
+    return _called("blocks", spec, x, U, V, strided)
+
+
+def _called(name: str, spec: Structure, x: Tensor, *arguments: Any) -> Tensor:
+    """What an operator returns; compiled graphs have memory of their own for it."""
+    if torch.compiler.is_compiling():
+        y = x.new_empty((*x.shape[:-1], spec.out_features))
+        getattr(torch.ops.blastnn, f"{name}_into")(x, *arguments, y)
+    else:
+        y = _forward[name](x, *arguments, spec.out_features)
+    return y
+
+
+def _differentiable(spec: Structure, x: Tensor, factors: Factors) -> Tensor:
+    if type(spec) in STRIDED:
+        return spec.matmul(x, factors)
+    U, V = factors["U"], factors["V"]
     if isinstance(spec, LowRank):
         U, V = U.unsqueeze(0), V.unsqueeze(0)
-    if trained:
-        if isinstance(spec, BlockLowRank):
-            return spec.matmul(x, factors)
-        product: Tensor = ops.blast(x, U, S, V, spec.out_features)
-        return product
-    y = x.new_empty((*x.shape[:-1], spec.out_features))
-    if isinstance(spec, BlockLowRank):
-        ops.blocks_into(x, U, V, isinstance(spec, Monarch), y)
-    else:
-        ops.blast_into(x, U, S, V, y)
+    y: Tensor = torch.ops.blastnn.blast(x, U, factors.get("S"), V, spec.out_features)
     return y
 
 
@@ -69,7 +87,7 @@ def quantized_obstacle(
     spec: Structure, quantization: Quantization, device: str, dtype: torch.dtype
 ) -> str | None:
     """Why this kernel cannot serve quantised factors, or None."""
-    if isinstance(spec, BlockLowRank):
+    if type(spec) in STRIDED:
         return f"it multiplies quantised blast and lowrank matrices, not {spec.name}"
     return obstacle(spec, device, dtype)
 
@@ -83,14 +101,9 @@ def quantized_matmul(
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return spec.matmul(x, dequantize_factors(spec, factors, quantization, x.dtype))
-    names = ("U", f"U{SCALE}", "V", f"V{SCALE}")
-    U, U_scale, V, V_scale = (factors[name] for name in names)
-    if isinstance(spec, LowRank):
-        U, U_scale, V, V_scale = (f.unsqueeze(0) for f in (U, U_scale, V, V_scale))
-    y = x.new_empty((*x.shape[:-1], spec.out_features))
-    bits, group = quantization.bits, quantization.group
-    torch.ops.blastnn.quantized_into(x, U, U_scale, factors.get("S"), V, V_scale, bits, group, y)
-    return y
+    U, U_scale, V, V_scale = (factors[name] for name in QUANTIZED)
+    how = quantization.bits, quantization.group
+    return _called("quantized", spec, x, U, U_scale, factors.get("S"), V, V_scale, *how)
 
 
 @cache
@@ -110,13 +123,16 @@ def _failure() -> str | None:
 def _register() -> None:
     """Tell PyTorch the shapes of what comes out, and the gradients."""
     torch.library.register_fake("blastnn::blast", _shape)
-    for name in ("blast_into", "blocks_into", "quantized_into"):
-        torch.library.register_fake(f"blastnn::{name}", _nothing)
+    for name in ("blast", "blocks", "quantized"):
+        torch.library.register_fake(f"blastnn::{name}_forward", _shape)
+        _forward[name] = getattr(torch.ops.blastnn, f"{name}_forward").default
+        torch.library.register_fake(f"blastnn::{name}_into", _nothing)
     torch.library.register_autograd("blastnn::blast", _backward, setup_context=_save)
 
 
-def _shape(x: Tensor, U: Tensor, S: Tensor | None, V: Tensor, out_features: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+def _shape(x: Tensor, *others: Any) -> Tensor:
+    """What an operator returns whose last argument is the number of output features."""
+    return x.new_empty((*x.shape[:-1], others[-1]))
 
 
 def _nothing(*_: Any) -> None:

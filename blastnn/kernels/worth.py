@@ -17,7 +17,7 @@ DENSE_CALL = 12_000
 # Multiplications for many tokens take this much longer than dense ones: short products inside
 # blocks, packing, and intermediates on their way through the caches.
 OVERHEAD = 0.06
-SHORT = 6.0  # extra depth, in numbers, that a product of the depth of a block side costs
+COUPLING = 2.5  # and those by a coupling as much longer again: no number is used twice there
 # Matrices with fewer numbers take microseconds either way, and are never judged.
 SMALLEST = 2**16
 
@@ -39,5 +39,5 @@ def _prefill_cost(spec: Structure) -> float:
     cost = (1 + OVERHEAD) * spec.num_multiplications
     if isinstance(spec, Blast):
         b1, b2 = spec.blocks
-        cost += spec.rank * (b2 * SHORT + b1 * b2)  # shallow first stage, couplings at half speed
+        cost += COUPLING * spec.rank * b1 * b2
     return cost

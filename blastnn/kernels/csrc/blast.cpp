@@ -77,18 +77,25 @@ bool is_output(const at::Tensor& y, const at::Tensor& x) {
          x.sizes().slice(0, x.dim() - 1);
 }
 
+// The blocks of a factor (blocks, p, r); (p, r), a factor of a low-rank matrix, is one block.
+int64_t blocks_of(const at::Tensor& factor) { return factor.dim() == 3 ? factor.size(0) : 1; }
+
+bool is_factor(const at::Tensor& factor, int64_t features) {
+  return (factor.dim() == 2 || factor.dim() == 3) && features <= blocks_of(factor) * factor.size(-2);
+}
+
 // x (..., n), U (b1, p, r), S (b1, b2, r) or none, V (b2, q, r) into y (..., m).
 void blast_into(const at::Tensor& x, const at::Tensor& U, const std::optional<at::Tensor>& S,
                 const at::Tensor& V, at::Tensor& y) {
-  bool fits = is_output(y, x) && U.dim() == 3 && V.dim() == 3 && x.size(-1) <= V.size(0) * V.size(1) &&
-              y.size(-1) <= U.size(0) * U.size(1) && U.size(2) == V.size(2);
-  if (fits && S) fits = S->sizes() == at::IntArrayRef{U.size(0), V.size(0), U.size(2)};
+  bool fits = is_output(y, x) && is_factor(U, y.size(-1)) && is_factor(V, x.size(-1)) &&
+              U.size(-1) == V.size(-1);
+  if (fits && S) fits = S->sizes() == at::IntArrayRef{blocks_of(U), blocks_of(V), U.size(-1)};
   TORCH_CHECK(fits, "blastnn::blast: the input and the factors do not fit together");
   at::Tensor xs = x.contiguous(), us = U.contiguous(), vs = V.contiguous(),
              ss = S ? S->contiguous() : at::Tensor();
   by_type(x, [&](auto number) {
     auto a = product_of<decltype(number)>(xs, us, vs, y);
-    a.b1 = U.size(0), a.b2 = V.size(0);
+    a.b1 = blocks_of(U), a.b2 = blocks_of(V);
     a.S = S ? pointer<decltype(number)>(ss) : nullptr;
     run(a, PlainFactors<decltype(number)>{a});
   });
@@ -109,16 +116,17 @@ void run_quantized(const Product<T>& a, const at::Tensor& U, const at::Tensor& U
 void quantized_into(const at::Tensor& x, const at::Tensor& U, const at::Tensor& U_scale,
                     const std::optional<at::Tensor>& S, const at::Tensor& V,
                     const at::Tensor& V_scale, int64_t bits, int64_t group, at::Tensor& y) {
-  bool fits = is_output(y, x) && U.dim() == 3 && V.dim() == 3 && U_scale.dim() == 3 && V_scale.dim() == 3 &&
-              x.size(-1) <= V.size(0) * V.size(1) && y.size(-1) <= U.size(0) * U.size(1) &&
-              U.size(2) == V.size(2) && (bits == 8 || bits == 4) && group > 0;
+  bool fits = is_output(y, x) && is_factor(U, y.size(-1)) && is_factor(V, x.size(-1)) &&
+              U.size(-1) == V.size(-1) && U_scale.dim() == U.dim() && V_scale.dim() == V.dim() &&
+              (bits == 8 || bits == 4) && group > 0;
   if (fits) {
-    int64_t r = U_scale.size(2), stored = (r * bits + 7) / 8;
-    auto scales = [&](const at::Tensor& factor) {
-      return std::vector<int64_t>{factor.size(0), (factor.size(1) + group - 1) / group, r};
+    int64_t r = U_scale.size(-1);
+    auto fit = [&](const at::Tensor& factor, const at::Tensor& scale) {
+      return blocks_of(scale) == blocks_of(factor) &&
+             scale.size(-2) == (factor.size(-2) + group - 1) / group && scale.size(-1) == r;
     };
-    fits = U.size(2) == stored && U_scale.sizes() == scales(U) && V_scale.sizes() == scales(V);
-    if (S) fits = fits && S->sizes() == at::IntArrayRef{U.size(0), V.size(0), r};
+    fits = U.size(-1) == (r * bits + 7) / 8 && fit(U, U_scale) && fit(V, V_scale);
+    if (S) fits = fits && S->sizes() == at::IntArrayRef{blocks_of(U), blocks_of(V), r};
   }
   TORCH_CHECK(fits, "blastnn::quantized_into: the input and the factors do not fit together");
   at::Tensor xs = x.contiguous(), us = U.contiguous(), vs = V.contiguous(),
@@ -126,7 +134,7 @@ void quantized_into(const at::Tensor& x, const at::Tensor& U, const at::Tensor& 
   at::Tensor u_scale = U_scale.contiguous(), v_scale = V_scale.contiguous();
   by_type(x, [&](auto number) {
     auto a = product_of<decltype(number)>(xs, us, vs, y);
-    a.b1 = U.size(0), a.b2 = V.size(0), a.r = U_scale.size(2);
+    a.b1 = blocks_of(U), a.b2 = blocks_of(V), a.r = U_scale.size(-1);
     a.S = S ? pointer<decltype(number)>(ss) : nullptr;
     bits == 8 ? run_quantized<8>(a, us, u_scale, vs, v_scale, group)
               : run_quantized<4>(a, us, u_scale, vs, v_scale, group);
@@ -148,23 +156,47 @@ void blocks_into(const at::Tensor& x, const at::Tensor& U, const at::Tensor& V, 
   });
 }
 
-// The same as an ordinary function, for autograd.
-at::Tensor blast(const at::Tensor& x, const at::Tensor& U, const std::optional<at::Tensor>& S,
-                 const at::Tensor& V, int64_t out_features) {
-  TORCH_CHECK(x.dim(), "blastnn::blast: the input has no dimension");
+// The same as ordinary functions.
+at::Tensor output_for(const at::Tensor& x, int64_t out_features) {
+  TORCH_CHECK(x.dim(), "blastnn: the input has no dimension");
   auto shape = x.sizes().vec();
   shape.back() = out_features;
-  at::Tensor y = at::empty(shape, x.options());
+  return at::empty(shape, x.options());
+}
+
+at::Tensor blast(const at::Tensor& x, const at::Tensor& U, const std::optional<at::Tensor>& S,
+                 const at::Tensor& V, int64_t out_features) {
+  at::Tensor y = output_for(x, out_features);
   blast_into(x, U, S, V, y);
+  return y;
+}
+
+at::Tensor quantized(const at::Tensor& x, const at::Tensor& U, const at::Tensor& U_scale,
+                     const std::optional<at::Tensor>& S, const at::Tensor& V,
+                     const at::Tensor& V_scale, int64_t bits, int64_t group, int64_t out_features) {
+  at::Tensor y = output_for(x, out_features);
+  quantized_into(x, U, U_scale, S, V, V_scale, bits, group, y);
+  return y;
+}
+
+at::Tensor blocks(const at::Tensor& x, const at::Tensor& U, const at::Tensor& V, bool strided,
+                  int64_t out_features) {
+  at::Tensor y = output_for(x, out_features);
+  blocks_into(x, U, V, strided, y);
   return y;
 }
 
 }  // namespace
 
 // `blast` gets its gradients in Python, which costs microseconds a call even where nobody wants any.
-// The others have none, and write into memory that the caller has: a compiled model uses it again.
+// The others have none. `_into` writes into memory that the caller has: a compiled model uses it again.
 TORCH_LIBRARY(blastnn, library) {
   library.def("blast(Tensor x, Tensor U, Tensor? S, Tensor V, int out_features) -> Tensor");
+  library.def("blast_forward(Tensor x, Tensor U, Tensor? S, Tensor V, int out_features) -> Tensor");
+  library.def("blocks_forward(Tensor x, Tensor U, Tensor V, bool strided, int out_features) -> Tensor");
+  library.def(
+      "quantized_forward(Tensor x, Tensor U, Tensor U_scale, Tensor? S, Tensor V, Tensor V_scale, "
+      "int bits, int group, int out_features) -> Tensor");
   library.def("blast_into(Tensor x, Tensor U, Tensor? S, Tensor V, Tensor(a!) y) -> ()");
   library.def("blocks_into(Tensor x, Tensor U, Tensor V, bool strided, Tensor(a!) y) -> ()");
   library.def(
@@ -174,6 +206,9 @@ TORCH_LIBRARY(blastnn, library) {
 
 TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
   library.impl("blast", &blast);
+  library.impl("blast_forward", &blast);
+  library.impl("blocks_forward", &blocks);
+  library.impl("quantized_forward", &quantized);
   library.impl("blast_into", &blast_into);
   library.impl("blocks_into", &blocks_into);
   library.impl("quantized_into", &quantized_into);
