@@ -244,13 +244,16 @@ def quantize(
     folder: Annotated[Path, typer.Argument(help="compressed model folder")],
     output: Annotated[Path, typer.Option(help="folder to write to")],
     bits: Annotated[str, typer.Option(help="int8 or int4")],
+    group: Annotated[
+        int | None, typer.Option(help="rows that share a scale; default 64, for int4 32")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Store the large factors of a compressed model in few bits, in another folder."""
     from blastnn.compress.quantize import quantize_checkpoint
     from blastnn.display import print_quantized
 
-    print_quantized(quantize_checkpoint(folder, output, bits), output, as_json)
+    print_quantized(quantize_checkpoint(folder, output, bits, group), output, as_json)
 
 
 @app.command()

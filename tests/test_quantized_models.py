@@ -16,14 +16,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import blastnn
+from blastnn import cli
 from blastnn.compress.options import Options
 from blastnn.compress.quantize import quantize_checkpoint
 from blastnn.compress.run import RunOutcome
 from blastnn.errors import CheckpointError, ResumeError, StructureError
-from blastnn.evaluate.probe import probe
+from blastnn.evaluate.probe import digest, probe
 from blastnn.evaluate.score import inspect_folder
+from blastnn.linear import StructuredLinear
 from blastnn.models.tensors import TensorFolder
-from blastnn.quantization import QUANTIZATIONS, SCALE, SCALE_DTYPE
+from blastnn.quantization import QUANTIZATIONS, SCALE, SCALE_DTYPE, Quantization
 from blastnn.structures import STRUCTURES
 from tests.made_up import TEXT, make_folder
 from tests.test_end_to_end import Interruption, compress, loaded_digest, weights_digest
@@ -231,6 +233,44 @@ def test_quantize_from_folder_to_folder(plain, tmp_path, bits):
     assert json.loads((tmp_path / "small" / "report.json").read_text()) == report
     quantize_checkpoint(plain, tmp_path / "again", bits)
     assert weights_digest(tmp_path / "again") == weights_digest(tmp_path / "small")
+
+
+def test_what_quantize_wrote_can_be_verified(plain, tmp_path):
+    """Against the source with the rounded factors in it, on the window that its own job used."""
+    blastnn.load_model(plain).save_pretrained(tmp_path / "no_report")
+    shutil.copytree(plain, tmp_path / "reported")
+    window = {"self_check": {"ids": list(range(9))}}
+    (tmp_path / "reported" / "report.json").write_text(json.dumps(window))
+    for name in ("no_report", "reported"):
+        output = tmp_path / f"{name}-small"
+        check = quantize_checkpoint(tmp_path / name, output, "int4")["self_check"]
+        assert check["verified"] is True
+        assert (check["ids"] == window["self_check"]["ids"]) == (name == "reported")
+        expected = blastnn.load_model(plain)
+        for part, layer in list(expected.named_modules()):
+            if isinstance(layer, StructuredLinear):
+                expected.set_submodule(part, layer.quantized("int4"))
+        assert digest(probe(expected, torch.tensor([check["ids"]]))) == check["logits_sha256"]
+        assert inspect_folder(output, verify=True)["verified"] is True
+    change_shard(shard_of(output, FACTOR), lambda tensors: tensors[FACTOR].bitwise_not_())
+    assert inspect_folder(output, verify=True)["verified"] is False
+
+
+def test_a_group_of_ones_own(plain, tmp_path, capsys):
+    for bits, group, width in (("int4", 16, 5.0), ("int8", 32, 8.5)):
+        output = tmp_path / f"{bits}-{group}"
+        words = ["quantize", str(plain), "--output", str(output), "--bits", bits]
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*words, "--group", str(group)])
+        assert stopped.value.code == 0
+        assert "equal, bit for bit" in capsys.readouterr().out
+        layer = blastnn.load_model(output).model.layers[1].mlp.up_proj
+        assert layer.quantization == Quantization(int(bits[3:]), group)
+        entry = inspect_folder(output)["layers"]["model.layers.1.mlp.up_proj"]
+        assert entry["bits_per_weight"] > width
+    with pytest.raises(StructureError, match="group"):
+        quantize_checkpoint(plain, tmp_path / "out", "int4", group=0)
+    assert not (tmp_path / "out").exists()
 
 
 def report_size(folder: Path) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from blastnn.compress.block import LayerRecord
 from blastnn.compress.draft import Draft, draft_job
@@ -75,9 +76,7 @@ class Job(Draft):
         """One window of token ids with which the written model is compared to the one computed."""
         if self.windows is not None:
             return self.windows.ids[:1]
-        length = window_length(self.folder, NO_TEXT_WINDOW)
-        ids = torch.arange(length) * 37 % self.folder.config.vocab_size
-        return ids[None]
+        return made_up_ids(self.folder.config)
 
 
 def prepare_job(
@@ -123,13 +122,19 @@ def calibration_windows(
     if not calibration:
         return None
     texts = [read_text(source) for source in calibration]
-    window = window_length(folder, options.window)
+    window = window_length(folder.config, options.window)
     return spread_windows(texts, folder.tokenizer(), window, options.tokens)
 
 
-def window_length(folder: ModelFolder, wanted: int) -> int:
+def made_up_ids(config: PreTrainedConfig) -> Tensor:
+    """A window of token ids ``(1, window)`` for a check where there is no text."""
+    length = window_length(config, NO_TEXT_WINDOW)
+    return (torch.arange(length) * 37 % config.vocab_size)[None]
+
+
+def window_length(config: PreTrainedConfig, wanted: int) -> int:
     """The window length, at most what the model's positions allow."""
-    longest = getattr(folder.config, "max_position_embeddings", None) or wanted
-    if folder.config.model_type == "roberta":
+    longest = getattr(config, "max_position_embeddings", None) or wanted
+    if config.model_type == "roberta":
         longest -= 2  # positions start behind the padding index
     return min(wanted, longest)

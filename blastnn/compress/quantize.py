@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from blastnn.checkpoint import StoredLayer, check_factors, quantization_config, read_layers
+from blastnn.compress.quantize_check import self_check
 from blastnn.compress.report import JSON
 from blastnn.compress.writer import copy_companions, write_index
 from blastnn.errors import CheckpointError, ResumeError, StructureError
@@ -52,23 +53,27 @@ class _Source:
         return {name: layer for layer, names in self.stored.items() for name in names.values()}
 
 
-def quantize_checkpoint(folder: str | Path, output: str | Path, bits: str) -> dict[str, Any]:
+def quantize_checkpoint(
+    folder: str | Path, output: str | Path, bits: str, group: int | None = None
+) -> dict[str, Any]:
     """Quantise the factors of a compressed folder into another folder.
 
     Args:
         folder: written by ``blastnn compress`` or ``save_pretrained``; it is not changed.
         output: a new or empty folder.
         bits: ``int8`` or ``int4``.
+        group: rows that share a scale; None is 64 for ``int8``, 32 for ``int4``.
 
     Returns:
-        What ``report.json`` holds: bytes before and after, bits a weight (scales included), and
-        for each layer the relative error that was added, in the Frobenius norm.
+        What ``report.json`` holds: bytes before and after, bits a weight (scales included), for
+        each layer the relative error that was added, in the Frobenius norm, and the self-check
+        that ``blastnn inspect --verify`` repeats.
 
     Raises:
         CheckpointError: not compressed by blastnn, quantised already, damaged, or a full disk.
         ResumeError: the output folder is not empty or not writable.
     """
-    quantization, folder, output = quantization_named(bits), Path(folder), Path(output)
+    quantization, folder, output = quantization_named(bits, group), Path(folder), Path(output)
     source = _open(folder)
     _claim(output)
     rows: dict[str, dict[str, Any]] = {}
@@ -78,11 +83,12 @@ def quantize_checkpoint(folder: str | Path, output: str | Path, bits: str) -> di
             write_tensors(output / file, shard)
     write_index(output, sorted(path.name for path in output.glob("*.safetensors")))
     copy_companions(folder, output)
-    result = _report(source, output, quantization, rows)
-    write_json(output / JSON, result)
     layers = {name: StoredLayer(layer.spec, quantization) for name, layer in source.layers.items()}
     config = {**read_json(folder / "config.json"), ENTRY: quantization_config(layers)}
     write_json(output / "config.json", config)
+    result = _report(source, output, quantization, rows)
+    result["self_check"] = self_check(folder, output, quantization)
+    write_json(output / JSON, result)
     return result
 
 

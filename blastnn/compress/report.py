@@ -69,7 +69,7 @@ def _measure(
         "compressed": str(output),
         "texts": list(texts),
         "tokens": tokens,
-        "window": window_length(job.folder, job.options.window),
+        "window": window_length(job.folder.config, job.options.window),
         "probe": outcome.journal.probe,
     }
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from blastnn.display.table import print_json, table
+from blastnn.display.table import SAME, print_json, table
 
 
 def print_inspection(found: dict[str, Any], as_json: bool) -> None:
@@ -42,7 +42,7 @@ def print_inspection(found: dict[str, Any], as_json: bool) -> None:
         f"{found['bytes']:,} bytes in all"
     )
     if "verified" in found:
-        words = "equal, bit for bit" if found["verified"] else "DIFFERENT"
+        words = SAME[found["verified"]]
         console.print(f"output of the loaded model and of the job that wrote it: {words}")
 
 
@@ -63,4 +63,6 @@ def print_quantized(report: dict[str, Any], output: Path, as_json: bool) -> None
         f"{len(report['layers'])} layers at {report['bits_per_weight']:.2f} bits a weight, scales "
         f"included; relative error added: mean {error['mean']:.4f}, largest {error['largest']:.4f}"
     )
+    words = SAME[report["self_check"]["verified"]]
+    console.print(f"logits of the source with these factors and of the folder loaded: {words}")
     console.print(f"{output / 'report.json'}; measure it with blastnn evaluate")

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from blastnn.display.table import MIB, print_json
+from blastnn.display.table import MIB, SAME, print_json
 
 
 def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bool) -> None:
@@ -56,8 +56,7 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
     peak = report["memory"]["peak_anonymous_bytes"]
     if peak is not None:
         console.print(f"peak anonymous memory {peak / MIB:.0f} MiB")
-    verified = {True: "equal, bit for bit", False: "DIFFERENT", None: "not compared"}
-    state = verified[report["self_check"]["verified"]]
+    state = SAME[report["self_check"]["verified"]]
     console.print(f"logits of the model loaded in a fresh process and of the job: {state}")
     for warning in report["warnings"]:
         console.print(f"warning: {warning}")

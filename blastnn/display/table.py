@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 MIB = 2**20
+SAME = {True: "equal, bit for bit", False: "DIFFERENT", None: "not compared"}
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -72,13 +72,14 @@ class Quantization:
 QUANTIZATIONS = {"int8": Quantization(8, 64), "int4": Quantization(4, 32)}
 
 
-def quantization_named(name: str) -> Quantization:
-    """``int8`` or ``int4``; StructureError lists the names there are."""
+def quantization_named(name: str, group: int | None = None) -> Quantization:
+    """``int8`` or ``int4``, in groups of one's own if given; StructureError lists the names."""
     if name not in QUANTIZATIONS:
         raise StructureError(
             f"unknown quantisation {name!r}; choose from {', '.join(sorted(QUANTIZATIONS))}"
         )
-    return QUANTIZATIONS[name]
+    named = QUANTIZATIONS[name]
+    return named if group is None else replace(named, group=group)
 
 
 @dataclass(frozen=True)

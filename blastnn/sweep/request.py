@@ -160,6 +160,6 @@ def _scored(sweep: Sweep, folder: ModelFolder) -> list[Windows]:
         names = HELD_OUT if folder.name == DEMO else ()
     if not names:
         raise CalibrationError("give a text to score on (--text FILE, repeatable)")
-    tokenizer, window = folder.tokenizer(), window_length(folder, sweep.common.window)
+    tokenizer, window = folder.tokenizer(), window_length(folder.config, sweep.common.window)
     texts = [read_text(name) for name in dict.fromkeys(names)]
     return [first_windows(text, tokenizer, window, sweep.scored_tokens) for text in texts]
