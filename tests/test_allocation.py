@@ -12,7 +12,7 @@ import blastnn
 from blastnn.compress.allocate import allocate
 from blastnn.compress.fit import fit_layer
 from blastnn.compress.job import Job, Progress, prepare_job
-from blastnn.compress.measured import MEASUREMENT, PLAN, measured_windows, read_all
+from blastnn.compress.measured import MEASUREMENT, PLAN, measured_windows
 from blastnn.compress.moments import Moments
 from blastnn.compress.options import Options
 from blastnn.compress.output_weight import RIDGE, OutputWeight
@@ -22,6 +22,7 @@ from blastnn.compress.run import run_job
 from blastnn.compress.sensitivity import SensitivityPass, outputs_file
 from blastnn.compress.spectrum import LayerSum, measure_whole
 from blastnn.files import read_json
+from blastnn.models.tensors import read_tensors
 from blastnn.models.walk import first_tensor
 from blastnn.structures import Blast, LowRank, Structure
 from tests.made_up import TEXT, make_folder, make_model
@@ -89,7 +90,7 @@ def test_block_by_block_gives_what_the_whole_model_gives(family: str, tmp_path: 
     whole = measure_whole(model, names, runs, predictions, 3)
     assert streamed.keys() == whole.spectra.keys() == whole.outputs.keys()
     for index, block in enumerate(job.walker.blocks):
-        for kind, found in read_all(outputs_file(tmp_path / "pass", index)).items():
+        for kind, found in read_tensors(outputs_file(tmp_path / "pass", index)).items():
             expected = whole.outputs[f"{block.name}.{kind}"]
             torch.testing.assert_close(
                 found, expected, rtol=2e-3, atol=1e-4 * float(expected.max())

@@ -113,6 +113,21 @@ def test_outputs_without_a_gradient_do_not_count() -> None:
     assert 7 not in weighted["mlp.up_proj"]
 
 
+@torch.no_grad()
+def test_gradients_of_low_rank_are_no_obstacle() -> None:
+    """Their moment, a sum of float32 products, is a little indefinite."""
+    sizes = {"hidden_size": 200, "intermediate_size": 240, "num_hidden_layers": 1}
+    model = make_model("llama", **sizes)
+    plans = prune(model, 0.8).plan.of_block(0)
+    gradients = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
+    gradients = gradients @ torch.randn(3, 200, generator=torch.Generator().manual_seed(1))
+    behind = gradients.mT @ gradients / 2000
+    block = model.model.layers[0]
+    worth = (gradients @ block.mlp.down_proj.weight).square().sum(0)
+    kept = choose_kept(block, plans, {}, {"mlp.down_proj": behind[None]})["mlp.up_proj"]
+    assert kept.tolist() == sorted(worth.topk(len(kept)).indices.tolist())
+
+
 def planned(keep: float, config: LlamaConfig, **choices: Any) -> tuple[Any, int, int]:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -25,7 +25,7 @@ from blastnn.factorize import (
 )
 from blastnn.linear import StructuredLinear
 from blastnn.models.linears import dense_weight
-from blastnn.structures import LowRank, cast_factors
+from blastnn.structures import LowRank, Structure, cast_factors
 
 NO_INPUT = "its inputs are zero on the whole calibration text: fitted without data"
 Fitted = tuple[StructuredLinear, dict[str, Any]]  # a layer, and the fields of its record
@@ -131,19 +131,16 @@ def fit_layer(
     if kept is not None:
         extra = {"kept": kept, "refit": False}
     seen = None if data_free else aim.second
-    weighted = outputs is not None and plan.spec.row_blocks() is not None and bool(outputs.any())
-    if weighted:
-        assert outputs is not None
-        weight = OutputWeight(outputs, plan.spec)
-        wanted = weight.apply(aim.target)
-        result = factorize(wanted, plan.spec, seen, solver, options.seed, torch.float32, **extra)
-        factors = cast_factors(weight.undo(result.factors), dtype)
-    else:
-        result = factorize(aim.target, plan.spec, seen, solver, options.seed, dtype, **extra)
-        factors = result.factors
+    weight = _output_weight(outputs, plan.spec)
+    # Weighted factors are rounded after the weight is undone.
+    wanted, exact = (aim.target, dtype) if weight is None else (weight.apply(aim.target), None)
+    result = factorize(wanted, plan.spec, seen, solver, options.seed, exact, **extra)
+    factors = result.factors
+    if weight is not None:
+        factors = cast_factors(weight.undo(factors), dtype)
     layer = _layer(old, plan, cast_factors(factors, torch.float32))
     error, before = result.relative_error, None
-    remeasured = weighted or (data_free and aim.second is not None)
+    remeasured = weight is not None or (data_free and aim.second is not None)
     if options.quantization is not None or remeasured:
         problem = prepare(aim.target, aim.second)
         dense = layer.to_dense().double() / problem.scale
@@ -154,8 +151,15 @@ def fit_layer(
     return layer.requires_grad_(False), {
         "relative_error": error,
         "error_before_quantization": before,
-        "weighted_outputs": weighted,
+        "weighted_outputs": weight is not None,
         "solver": result.solver,
         "solver_status": result.status,
         "notes": [*aim.notes, *result.notes],
     }
+
+
+def _output_weight(outputs: Tensor | None, spec: Structure) -> OutputWeight | None:
+    """What weights a layer's outputs; None where nothing is known or the spec takes none."""
+    if outputs is None or spec.row_blocks() is None or not bool(outputs.any()):
+        return None
+    return OutputWeight(outputs, spec)

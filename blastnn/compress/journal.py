@@ -21,7 +21,7 @@ from torch import Tensor
 from blastnn.compress.block import LayerRecord, Streams
 from blastnn.errors import ResumeError
 from blastnn.files import read_json, remove_parts, write_json, write_tensors
-from blastnn.models.tensors import TensorFolder
+from blastnn.models.tensors import read_tensors
 
 FOLDER = ".blastnn"
 JOURNAL = "journal.json"
@@ -97,7 +97,7 @@ class Journal:
 
     def load_states(self) -> tuple[Streams | None, Tensor]:
         """The hidden states behind the last finished part."""
-        return unpack_states(TensorFolder(self.folder, [self.states_file.name]))
+        return unpack_states(read_tensors(self.states_file))
 
     @classmethod
     def open(cls, output: Path, identity: dict[str, Any], resume: bool) -> Self:
@@ -191,14 +191,13 @@ def pack_states(streams: Streams | None, check: Tensor) -> dict[str, Tensor]:
     return states
 
 
-def unpack_states(tensors: TensorFolder) -> tuple[Streams | None, Tensor]:
+def unpack_states(states: Mapping[str, Tensor]) -> tuple[Streams | None, Tensor]:
     """The inverse of ``pack_states``."""
-    names = sorted(tensors.names)
-    dense = [tensors.read(name) for name in names if name.startswith("dense.")]
-    compressed = [tensors.read(name) for name in names if name.startswith("compressed.")]
-    check = tensors.read("check")
-    tensors.close()
-    return (Streams(dense, compressed or dense) if dense else None), check
+    dense, compressed = (
+        [states[name] for name in sorted(states) if name.startswith(f"{stream}.")]
+        for stream in ("dense", "compressed")
+    )
+    return (Streams(dense, compressed or dense) if dense else None), states["check"]
 
 
 class Lock:

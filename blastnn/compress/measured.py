@@ -20,7 +20,7 @@ from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, plan_from_file
 from blastnn.compress.sensitivity import SensitivityPass, outputs_file
 from blastnn.files import write_json
-from blastnn.models.tensors import TensorFolder
+from blastnn.models.tensors import read_tensors
 from blastnn.structures import Channels
 
 PLAN = "plan.json"
@@ -69,20 +69,12 @@ def settle(job: Job, journal: Journal) -> Plan:
 def outputs_of(journal: Journal, index: int) -> dict[str, Tensor]:
     """Blocks on the diagonal of ``G`` of one block's layers, as far as they were gathered."""
     path = outputs_file(journal.folder / MEASUREMENT, index)
-    return read_all(path) if path.is_file() else {}
+    return read_tensors(path) if path.is_file() else {}
 
 
 def forget(journal: Journal) -> None:
     """Give the disk back what was measured; the plan stays."""
     shutil.rmtree(journal.folder / MEASUREMENT, ignore_errors=True)
-
-
-def read_all(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file by name."""
-    tensors = TensorFolder(path.parent, [path.name])
-    found = {name: tensors.read(name) for name in tensors.names}
-    tensors.close()
-    return found
 
 
 def measured_windows(job: Job) -> Tensor:

@@ -37,6 +37,16 @@ class Moments:
         return shifted[0], shifted[1]
 
 
+def root_of(moment: Tensor) -> Tensor:
+    """``L (n, n)`` with ``L L^T`` a second moment ``(n, n)``, float64, however singular that is.
+
+    By eigenvalues, because sums of float32 products may be a little indefinite, which a Cholesky
+    factorisation does not survive; what is below zero counts as zero.
+    """
+    squares, basis = torch.linalg.eigh(moment.double())
+    return basis * squares.clamp(min=0.0).sqrt()
+
+
 class MomentSum:
     """Accumulates ``x^T x`` or ``x^T x^`` over windows; of a ``diagonal`` moment no more."""
 

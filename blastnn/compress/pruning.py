@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from blastnn.compress.moments import Moments
+from blastnn.compress.moments import Moments, root_of
 from blastnn.compress.plan import WHOLE, LayerPlan, Plan
 from blastnn.errors import PlanError
 from blastnn.factorize.channels import scores, strongest
@@ -29,7 +28,6 @@ from blastnn.structures import Channels
 
 # Shares of the blocks that stay whole: LLM-Pruner's 4 at the start and 2 at the end of 32.
 FIRST, LAST = 1 / 8, 1 / 16
-RIDGE = 1e-6  # added to ``G``, relative to its mean diagonal, before its Cholesky factor is taken
 
 
 @dataclass(frozen=True)
@@ -157,15 +155,8 @@ def choose_kept(
         assert isinstance(spec, Channels)
         weight = dense_weight(block.get_submodule(reader)).detach().double()
         if reader in outputs:
-            weight = _root(outputs[reader][0, : len(weight), : len(weight)]) @ weight
+            weight = root_of(outputs[reader][0, : len(weight), : len(weight)]).mT @ weight
         seen = moments.get(reader)
         kept = strongest(scores(weight, None if seen is None else seen.second, spec), spec.kept)
         found |= {kind: kept for kind in (reader, *names) if kind in pruned}
     return found
-
-
-def _root(moment: Tensor) -> Tensor:
-    """``R`` with ``R^T R = G``."""
-    exact = moment.double()
-    ridge = RIDGE * exact.diagonal().mean() + torch.finfo(torch.float64).tiny
-    return torch.linalg.cholesky(exact + ridge * torch.eye(len(exact)), upper=True)

@@ -20,7 +20,7 @@ from blastnn.compress.moments import run_calls
 from blastnn.compress.spectrum import LayerSum, Spectra, fisher_loss
 from blastnn.compress.walker import Walker
 from blastnn.files import read_json, write_json, write_tensors
-from blastnn.models.tensors import TensorFolder
+from blastnn.models.tensors import read_tensors
 from blastnn.models.walk import Call, Trace
 
 SPECTRA = "spectra.json"
@@ -77,10 +77,7 @@ class SensitivityPass:
         return self.folder / f"{kind}-{index:05d}.safetensors"
 
     def _read(self, kind: str, index: int) -> list[Tensor]:
-        tensors = TensorFolder(self.folder, [self._file(kind, index).name])
-        found = [tensors.read(name) for name in sorted(tensors.names)]
-        tensors.close()
-        return found
+        return list(read_tensors(self._file(kind, index)).values())
 
     @torch.no_grad()
     def _up(self, trace: Trace, hidden: list[Tensor]) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from blastnn.compress.moments import root_of
 from blastnn.models.linears import dense_weight
 
 Spectra = dict[str, list[float]]  # layer name -> falling squared singular values, nats per token
@@ -127,13 +128,10 @@ class LayerSum:
 
     def spectrum(self) -> list[float]:
         """Squared singular values of ``G^(1/2) A C^(1/2)``, falling: one similar to the product
-        of the two moments is ``L^T M L`` with ``L L^T`` the one and ``M`` the other. ``L`` comes
-        from an eigendecomposition: sums of float32 products may be a little indefinite.
+        of the two moments is ``L^T M L`` with ``L L^T`` the one and ``M`` the other.
         """
-        root, other = self._forward / self._tokens, self._backward / self._tokens
-        squares, basis = torch.linalg.eigh(root)
-        factor = basis * squares.clamp(min=0.0).sqrt()
-        values = torch.linalg.eigvalsh(factor.mT @ other @ factor)
+        root, other = root_of(self._forward / self._tokens), self._backward / self._tokens
+        values = torch.linalg.eigvalsh(root.mT @ other @ root)
         return [float(value) for value in values.clamp(min=0.0).flip(0)]
 
 

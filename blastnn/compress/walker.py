@@ -89,8 +89,10 @@ class Walker:
 
             return first_tensor(run_tail(forward, self.blocks, trace.wrap, hidden))
 
-        yield run
-        self.loader.release(self.outside)
+        try:
+            yield run
+        finally:
+            self.loader.release(self.outside)
 
     @torch.no_grad()
     def leave(

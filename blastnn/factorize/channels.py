@@ -46,10 +46,12 @@ def solve(
     """
     start = time.perf_counter()
     assert isinstance(spec, Channels)
-    places = strongest(scores(problem.weight, problem.moment, spec), spec.kept)
-    status = "optimal numbers for the groups of largest score"
-    if kept is not None:
-        places, status = _checked(kept, spec).to(places.device), "the groups that were asked for"
+    if kept is None:
+        places = strongest(scores(problem.weight, problem.moment, spec), spec.kept)
+        status = "optimal numbers for the groups of largest score"
+    else:
+        places = _checked(kept, spec).to(problem.weight.device)
+        status = "the groups that were asked for"
     W = _numbers(problem, spec, spec.channels(places), refit)
     factors = {"W": W, "places": places}
     error = problem.objective_error(spec.to_dense(factors))

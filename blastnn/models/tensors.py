@@ -137,6 +137,18 @@ class TensorFolder:
         return self._handle(name).get_slice(name)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file, sorted by name, in memory of their own.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    tensors = TensorFolder(path.parent, [path.name])
+    found = {name: tensors.read(name) for name in sorted(tensors.names)}
+    tensors.close()
+    return found
+
+
 def _open_shard(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, though the index names it")

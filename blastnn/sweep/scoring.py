@@ -50,12 +50,12 @@ class Scorer:
             folder: the model.
             probe: of the job's journal.
         """
-        model = load_model(folder)
+        model, dense = load_model(folder), None if self.causal else load_model(self._folder)
         try:
             same = matches(model, probe)
-            return [self._score(model, at) for at in range(len(self.texts))], same
+            return [self._score(model, dense, at) for at in range(len(self.texts))], same
         finally:
-            del model
+            del model, dense
             give_memory_back()
 
     def _dense_scores(self) -> Scores:
@@ -67,13 +67,16 @@ class Scorer:
             for windows in self.texts
         ]
 
-    def _score(self, model: PreTrainedModel, at: int) -> dict[str, Any]:
+    def _score(
+        self, model: PreTrainedModel, dense: PreTrainedModel | None, at: int
+    ) -> dict[str, Any]:
+        """``dense`` is what an encoder is compared with; None where there are perplexities."""
         windows = self.texts[at]
-        if self.causal:
+        if dense is None:
             found = perplexity(model, windows).perplexity
             excess = math.log(found) - math.log(self.dense[at]["perplexity"])
             return _entry(windows, excess, perplexity=found)
-        cosine = cosine_agreement(load_model(self._folder), model, windows)
+        cosine = cosine_agreement(dense, model, windows)
         return _entry(windows, 1.0 - cosine, cosine=cosine)
 
 
