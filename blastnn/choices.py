@@ -84,6 +84,12 @@ Joint = Annotated[
 Coupled = Annotated[
     bool | None, typer.Option("--coupled", help="prune attention heads and MLP channels whole")
 ]
+Strict = Annotated[
+    bool | None,
+    typer.Option(
+        "--strict/--no-strict", help="refuse layers of which the calibration text tells nothing"
+    ),
+]
 AllowSlower = Annotated[
     bool | None,
     typer.Option(
@@ -134,6 +140,7 @@ class _FitChoices:
     quantize: Quantize = None
     seed: Seed = None
     gradient_windows: GradientWindows = None
+    strict: Strict = None
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def test_missing_tensor_and_wrong_shape_are_named(source: Path, tmp_path: Path) 
 
 def test_zero_matrix_gives_zero_factors(source: Path, tmp_path: Path) -> None:
     change_tensor(source, LAYER, torch.zeros_like)
-    compress(source, tmp_path / "out")
+    compress(source, tmp_path / "out", strict=False)  # its output is the input of the next
     layer = blastnn.load_model(tmp_path / "out").model.layers[1].mlp.up_proj
     assert all(not bool(factor.any()) for factor in layer.factors.values())
 

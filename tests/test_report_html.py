@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from blastnn.compress.html import render_html
 from blastnn.compress.report import warnings_of
@@ -363,7 +364,9 @@ def test_other_names_and_layers_outside_blocks(report: dict[str, Any]) -> None:
 
 def test_a_failed_self_check_is_one_warning(report: dict[str, Any]) -> None:
     """The report warns of it, so the page need not do so a second time."""
-    job = SimpleNamespace(plan=SimpleNamespace(layers=()), windows=object())
+    windows = SimpleNamespace(ids=torch.zeros(2, 1024))
+    options = SimpleNamespace(window=1024)
+    job = SimpleNamespace(plan=SimpleNamespace(layers=()), windows=windows, options=options)
     report["self_check"]["verified"] = False
     report["warnings"] = warnings_of(job, [], False)
     shown = Page(render_html(report)).text

@@ -23,6 +23,7 @@ from blastnn.compress.moments import (
     find_groups,
     layer_inputs,
     pass_through,
+    refuse,
     run_calls,
 )
 from blastnn.compress.options import Options
@@ -33,6 +34,7 @@ from blastnn.linear import StructuredLinear
 from blastnn.models.walk import Call
 
 UNREACHED = "the calibration text never reached it"
+KEEP = "keep it dense"  # what happens to it, unless that is refused
 
 
 @dataclass
@@ -59,7 +61,10 @@ class Streams:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What happened to one linear layer; a row of the report."""
+    """What happened to one linear layer; a row of the report.
+
+    ``tokens`` is how many it was fitted to; None where it was not fitted to data.
+    """
 
     name: str
     status: str
@@ -67,6 +72,7 @@ class LayerRecord:
     relative_error: float | None = None
     error_before_quantization: float | None = None
     weighted_outputs: bool = False
+    tokens: int | None = None
     seconds: float | None = None
     solver: str | None = None
     solver_status: str | None = None
@@ -113,17 +119,20 @@ class BlockCompressor:
 
         Raises:
             FactorizationError: names the layer.
+            CalibrationError: the calibration text tells nothing of a layer, or too much.
         """
         start = time.perf_counter()
         block = copy.deepcopy(dense)
         by_kind = {plan.kind: plan for plan in plans}
+        prefix = plans[0].name.removesuffix(plans[0].kind) if plans else ""
         wanted = [plan.kind for plan in plans if plan.spec is not None]
         records = {p.kind: LayerRecord(p.name, "kept", p.reason) for p in plans if p.spec is None}
         groups = self._groups(dense, calls, wanted, streams)
         independent = streams is not None and self.options.inputs == "dense"
         ahead: dict[InputGroup, Moments] = {}
         if streams is not None and independent:
-            ahead = pass_through(dense, calls, streams.dense, groups, self.options.moment)
+            moment = self.options.moment
+            ahead = pass_through(dense, calls, streams.dense, groups, moment, prefix)
         kept: dict[str, Tensor] = {}
         if self.options.coupled:
             known = {kind: moments for group, moments in ahead.items() for kind in group.layers}
@@ -135,17 +144,19 @@ class BlockCompressor:
             moments = (
                 ahead[group]
                 if independent
-                else self._moments(dense, block, calls, group, streams, advance)
+                else self._moments(dense, block, calls, group, streams, prefix, advance)
             )
             for bundle in _bundles([by_kind[kind] for kind in group.layers]):
                 for plan, record in self._replace(block, bundle, moments, outputs, kept):
                     records[plan.kind] = record
                     solving += record.seconds or 0.0
                     self.on_layer(plan, record)
-        for kind in wanted:
-            if kind not in records:
-                records[kind] = LayerRecord(by_kind[kind].name, "kept", UNREACHED)
-                self.on_layer(by_kind[kind], records[kind])
+        unreached = [by_kind[kind] for kind in wanted if kind not in records]
+        if unreached and self.options.strict:
+            refuse([plan.name for plan in unreached], UNREACHED, KEEP)
+        for plan in unreached:
+            records[plan.kind] = LayerRecord(plan.name, "kept", UNREACHED)
+            self.on_layer(plan, records[plan.kind])
         if streams is not None and not independent:
             moved = bool(groups) and len(calls) == 1
             self._advance(dense, block, calls, streams, dense_moved=moved)
@@ -166,6 +177,7 @@ class BlockCompressor:
         calls: Sequence[Call],
         group: InputGroup,
         streams: Streams | None,
+        prefix: str,
         advance: bool,
     ) -> Moments | None:
         """Moments of a group's inputs; of the dense ones alone where a block is called again.
@@ -186,7 +198,7 @@ class BlockCompressor:
             if output is not None:
                 streams.dense[index] = output
             total.add(*((x,) if same else (layer_inputs(block, calls, current, group)[0], x)))
-        return total.finish(group.layers[0])
+        return total.finish(prefix + group.layers[0])
 
     @staticmethod
     def _untouched(block: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blastnn.compress.moments import Moments
+from blastnn.compress.moments import Moments, refuse
 from blastnn.compress.options import Options
 from blastnn.compress.output_weight import OutputWeight
 from blastnn.compress.plan import LayerPlan
@@ -27,7 +27,7 @@ from blastnn.linear import StructuredLinear
 from blastnn.models.linears import dense_weight
 from blastnn.structures import LowRank, Structure, cast_factors
 
-NO_INPUT = "its inputs are zero on the whole calibration text: fitted without data"
+NO_INPUT = "its inputs are zero on the whole calibration text"
 Fitted = tuple[StructuredLinear, dict[str, Any]]  # a layer, and the fields of its record
 
 
@@ -60,7 +60,7 @@ def fit_layers(
         raise FactorizationError("layers that share a factor are not quantised; leave that out")
     spec, weights = plans[0].spec, [dense_weight(old).float() for old in olds]
     assert isinstance(spec, LowRank)
-    aim = _aim(torch.cat(weights), moments, options, shifted=True)
+    aim = _aim(plans[0].name, torch.cat(weights), moments, options, shifted=True)
     targets = aim.target.split([weight.shape[0] for weight in weights])
     joint = joint_low_rank(targets, spec.rank, aim.second)
     fitted: list[Fitted] = []
@@ -72,29 +72,38 @@ def fit_layers(
         if fitted:
             layer.share(fitted[0][0])
         status = {"solver": "joint_low_rank", "solver_status": "optimal: SVD of the stack"}
-        fitted.append((layer, {"relative_error": error, "notes": list(aim.notes), **status}))
+        fields = {"relative_error": error, "tokens": aim.tokens, "notes": list(aim.notes)}
+        fitted.append((layer, {**fields, **status}))
     return fitted
 
 
 @dataclass(frozen=True)
 class _Aim:
-    """What a fit is to reproduce: ``target (m, n)``, under ``second (n, n)`` if that is known."""
+    """What a fit is to reproduce: ``target (m, n)``, under ``second (n, n)`` if that is known.
+
+    ``tokens`` is how many ``second`` is the mean of.
+    """
 
     target: Tensor
     second: Tensor | None
     notes: tuple[str, ...]
+    tokens: int | None = None
 
 
-def _aim(weight: Tensor, moments: Moments | None, options: Options, shifted: bool) -> _Aim:
+def _aim(
+    layer: str, weight: Tensor, moments: Moments | None, options: Options, shifted: bool
+) -> _Aim:
     """With ``shifted`` the target repairs what the layers before got wrong."""
     if moments is None:
         return _Aim(weight, None, ())
     if not bool(moments.second.any()):
-        return _Aim(weight, None, (NO_INPUT,))
+        if options.strict:
+            refuse([layer], NO_INPUT, "fit it without data")
+        return _Aim(weight, None, (f"{NO_INPUT}: fitted without data",))
     second, cross = moments.damped(options.damping)
     if cross is not None and shifted:
         weight = shifted_target(weight, second, cross).float()
-    return _Aim(weight, second, ())
+    return _Aim(weight, second, (), moments.tokens)
 
 
 def _layer(old: nn.Module, plan: LayerPlan, factors: dict[str, Tensor]) -> StructuredLinear:
@@ -124,7 +133,7 @@ def fit_layer(
     assert plan.spec is not None
     solver = choose_solver(plan.spec, options.solver)
     data_free = not SOLVERS[solver].USES_SECOND_MOMENT
-    aim = _aim(dense_weight(old).float(), moments, options, shifted=not data_free)
+    aim = _aim(plan.name, dense_weight(old).float(), moments, options, shifted=not data_free)
     extra: dict[str, Any] = {}
     if "sweeps" in solver_options(solver):
         extra = {"sweeps": options.sweeps}
@@ -152,6 +161,7 @@ def fit_layer(
         "relative_error": error,
         "error_before_quantization": before,
         "weighted_outputs": weight is not None,
+        "tokens": None if seen is None else aim.tokens,
         "solver": result.solver,
         "solver_status": result.status,
         "notes": [*aim.notes, *result.notes],

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blastnn.compress.allocate import allocate
-from blastnn.compress.block import BlockCompressor, LayerRecord, Streams
+from blastnn.compress.block import KEEP, BlockCompressor, LayerRecord, Streams
 from blastnn.compress.fit import fit_layer
+from blastnn.compress.job import window_length
 from blastnn.compress.measured import row_blocks
-from blastnn.compress.moments import Moments, MomentSum
+from blastnn.compress.moments import Moments, MomentSum, refuse
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
 from blastnn.compress.pruning import prune_plan
@@ -100,6 +101,12 @@ def _by_blocks(
     model: PreTrainedModel, options: Options, batches: list[Batch] | None
 ) -> CompressionResult:
     blocks = find_blocks(model)
+    for length in {batch.shape[1] for batch in batches or () if isinstance(batch, Tensor)}:
+        if length > (longest := window_length(model.config, length)):
+            raise CalibrationError(
+                f"the calibration batches have {length} tokens in a row, but the model has "
+                f"positions for {longest}; cut them"
+            )
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     plan = make_plan(model, [block.name for block in blocks], options, None, tied)
     plan = share_inputs(plan) if options.joint else plan
@@ -141,6 +148,8 @@ def _as_one_block(
     for layer in wanted:
         if moments is not None and layer.name not in moments:
             reason = "the calibration batches never reached it"
+            if options.strict:
+                refuse([layer.name], reason, KEEP)
             records.append(LayerRecord(layer.name, "kept", reason))
             continue
         old = model.get_submodule(layer.name)

@@ -60,10 +60,13 @@ class Job(Draft):
         return 0 if self.windows is None else self.windows.ids.numel()
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the output."""
+        """Everything that decides the bytes of the output.
+
+        Not ``strict``: it decides whether there is one, and a job that was refused goes on without.
+        """
         return {
             "model": self.folder.tensors.sha256(),
-            "options": self.options.to_json(),
+            "options": {k: v for k, v in self.options.to_json().items() if k != "strict"},
             "plan": self.plan.to_json()["layers"],
             "calibration": None if self.windows is None else self.windows.sha256,
             "blastnn": __version__,

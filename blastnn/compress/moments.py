@@ -10,12 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from blastnn.errors import CalibrationError
 from blastnn.models.walk import Call, StopForward
+
+
+def refuse(layers: Sequence[str], why: str, otherwise: str) -> NoReturn:
+    """Refuse layers of which the calibration text tells nothing.
+
+    Raises:
+        CalibrationError: names them, says ``why``, and what ``--no-strict`` does ``otherwise``.
+    """
+    more = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
+    raise CalibrationError(
+        f"{layers[0]}{more}: {why}; calibrate with other text, leave it out (--targets), or "
+        f"{otherwise} with --no-strict (strict=False)"
+    )
 
 
 @dataclass(frozen=True)
@@ -151,8 +165,12 @@ def pass_through(
     hidden: list[Tensor],
     groups: Iterable[InputGroup],
     moment: str,
+    prefix: str,
 ) -> dict[InputGroup, Moments]:
-    """The moments of all groups of a block in one pass, which moves ``hidden`` behind it."""
+    """The moments of all groups of a block in one pass, which moves ``hidden`` behind it.
+
+    ``prefix`` and a layer's name in the block are its full name.
+    """
     sums = {group.layers[0]: MomentSum(moment) for group in groups}
 
     def take(name: str, x: Tensor) -> None:
@@ -161,7 +179,7 @@ def pass_through(
     with _Listener(block, list(sums), take):
         for index, entering in enumerate(hidden):
             hidden[index] = run_calls(block, calls, entering)
-    return {group: sums[group.layers[0]].finish(group.layers[0]) for group in groups}
+    return {group: sums[group.layers[0]].finish(prefix + group.layers[0]) for group in groups}
 
 
 class _Listener:

@@ -49,6 +49,9 @@ class Options:
         gradient_windows: how many windows of the calibration text to measure both with.
         coupled: whether attention heads and MLP channels are pruned whole (``pruning.py``).
         joint: whether layers that read the same input share their right factor (Joint Rank-k).
+        strict: whether a layer of which the calibration text tells nothing is refused; otherwise it
+            stays dense (never reached) or is fitted without data (only zeros), and the report says
+            so.
         allow_slower: whether to compress layers also where the product is expected to be slower
             than the dense one (``blastnn.kernels.worth``); otherwise such a layer gets fewer blocks
             or stays dense.
@@ -74,6 +77,7 @@ class Options:
     gradient_windows: int = 8
     coupled: bool = False
     joint: bool = False
+    strict: bool = True
     allow_slower: bool = False
 
     def __post_init__(self) -> None:

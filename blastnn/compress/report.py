@@ -148,6 +148,7 @@ def _row(layer: LayerPlan, record: dict[str, Any] | None, job: Job) -> dict[str,
         "shared": layer.shared if spec else None,
         "quantized": how.to_json() if how else None,
         "relative_error": error,
+        "tokens": record["tokens"] if record else None,
         "weighted_outputs": bool(record and record["weighted_outputs"]),
         "quantization_error": None if error is None or before is None else error - before,
         "seconds": record["seconds"] if record else None,
@@ -273,6 +274,18 @@ def warnings_of(job: Job, coverage: list[dict[str, Any]], verified: bool | None)
     fallbacks = [row["name"] for row in coverage if row["notes"]]
     if fallbacks:
         found.append(f"{len(fallbacks)} layers took a numerical fallback, e.g. {fallbacks[0]}")
+    few = [r for r in coverage if r["tokens"] is not None and r["tokens"] < r["shape"][1]]
+    if few:
+        found.append(
+            f"{len(few)} layers have more inputs than tokens to be fitted to, e.g. "
+            f"{few[0]['name']} ({few[0]['shape'][1]} inputs, {few[0]['tokens']} tokens): what the "
+            "text leaves open is decided by --damping alone"
+        )
     if job.windows is None:
         found.append(NO_DATA)
+    elif job.windows.ids.shape[1] < job.options.window:
+        found.append(
+            f"the calibration text was cut into sequences of {job.windows.ids.shape[1]} tokens, "
+            f"the model's limit, instead of {job.options.window}"
+        )
     return found

@@ -19,6 +19,7 @@ from blastnn.compress.memory_use import give_memory_back
 from blastnn.compress.moments import run_calls
 from blastnn.compress.spectrum import LayerSum, Spectra, fisher_loss
 from blastnn.compress.walker import Walker
+from blastnn.errors import CalibrationError
 from blastnn.files import read_json, write_json, write_tensors
 from blastnn.models.tensors import read_tensors
 from blastnn.models.walk import Call, Trace
@@ -93,6 +94,11 @@ class SensitivityPass:
         for index in range(done[-1] if done else 0, top):
             block = self.walker.load_block(index)
             hidden = [run_calls(block, trace.of_block(index), each) for each in hidden]
+            if not all(bool(torch.isfinite(each).all()) for each in hidden):
+                raise CalibrationError(
+                    f"what leaves {self.walker.blocks[index].name} in the dense model is not all "
+                    "finite: its weights, or those of a block before it, are damaged"
+                )
             self.walker.release_block(index)
             write_tensors(self._file("hidden", index + 1), _named(hidden))
             give_memory_back()

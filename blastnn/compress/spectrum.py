@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from blastnn.compress.moments import root_of
+from blastnn.errors import CalibrationError
 from blastnn.models.linears import dense_weight
 
 Spectra = dict[str, list[float]]  # layer name -> falling squared singular values, nats per token
@@ -136,7 +137,16 @@ class LayerSum:
 
 
 def fisher_loss(output: Tensor, predictions: bool, seed: int) -> Tensor:
-    """A loss whose gradients have the second moment wanted: summed over a window's tokens."""
+    """A loss whose gradients have the second moment wanted: summed over a window's tokens.
+
+    Raises:
+        CalibrationError: the output is not finite.
+    """
+    if not bool(torch.isfinite(output).all()):
+        raise CalibrationError(
+            "the dense model's output on the calibration text is not all finite: its weights, or "
+            "the text, are no good to measure with"
+        )
     generator = torch.Generator().manual_seed(seed)
     flat = output.reshape(-1, output.shape[-1])
     if not predictions:
