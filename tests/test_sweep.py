@@ -220,9 +220,13 @@ def test_encoders_are_compared_by_their_hidden_states(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "dense", "bert", num_hidden_layers=2)
     values = run_sweep(ask(source, ("svd",), keeps=(1.0, 0.6)), tmp_path / "out")
     columns, rows = worded(values)
-    assert "cosine LICENSE" in columns
+    assert columns[4:7] == ["cosine LICENSE", "vectors LICENSE", "excess LICENSE"]
     shown = {(row[0], row[1]): row for row in rows}
-    assert shown["dense", "1"][4:6] == shown["svd", "1"][4:6] == ["1.0000", "0.0000"]
+    same = ["1.0000", "1.0000", "0.0000"]
+    assert shown["dense", "1"][4:7] == shown["svd", "1"][4:7] == same
+    score = values["cells"]["svd-0.6"]["scores"][0]
+    assert 0.0 < score["vectors"] < 1.0
+    assert shown["svd", "0.6"][5] == f"{score['vectors']:.4f}"
     excess = values["cells"]["svd-0.6"]["scores"][0]["excess"]
     assert 0.0 < excess == 1.0 - values["cells"]["svd-0.6"]["scores"][0]["cosine"]
     report = json.loads((tmp_path / "out/cells/svd-0.6/report.json").read_text())

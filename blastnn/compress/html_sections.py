@@ -189,9 +189,10 @@ def _cosine(cosine: object) -> Html:
         return note("Cosine similarity not measured.")
     mean, tokens = number(part(cosine, "mean"), 5), count(part(cosine, "tokens"))
     return note(
-        "Mean cosine similarity of the two models: ",
+        "Mean cosine similarity of the two models' hidden states: ",
         element("b", mean),
-        f" over {tokens} tokens of {part(cosine, 'text') or 'unnamed text'} (1 = the same).",
+        f", of their means over a window (sentence vectors): {number(part(cosine, 'vectors'), 5)}, "
+        f"over {tokens} tokens of {part(cosine, 'text') or 'unnamed text'} (1 = the same).",
     )
 
 

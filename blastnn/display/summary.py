@@ -70,7 +70,11 @@ def _print_measured(console: Console, measured: dict[str, Any]) -> None:
             f"{row['compressed']:.2f} ({row['tokens']} tokens)"
         )
     if measured["cosine"]:
-        console.print(f"mean cosine of the hidden states: {measured['cosine']['mean']:.4f}")
+        cosine = measured["cosine"]
+        console.print(
+            f"mean cosine of the hidden states: {cosine['mean']:.4f}, of their means: "
+            f"{cosine['vectors']:.4f}"
+        )
     for phase in ("prefill", "decode"):
         if measured["speed"]:
             speed = measured["speed"][phase]

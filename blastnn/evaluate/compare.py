@@ -62,8 +62,9 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
 def _cosine(
     dense: PreTrainedModel, compressed: PreTrainedModel, text: Text, windows: Windows
 ) -> dict[str, Any]:
-    mean = cosine_agreement(dense, compressed, windows)
-    return {"text": text.name, "mean": mean, "tokens": windows.ids.numel()}
+    found = cosine_agreement(dense, compressed, windows)
+    cosines = {"mean": found.tokens, "vectors": found.vectors}
+    return {"text": text.name, **cosines, "tokens": windows.ids.numel()}
 
 
 def _perplexities(models: Models, text: Text, windows: Windows) -> dict[str, Any]:

@@ -56,14 +56,24 @@ def _window_loss(model: PreTrainedModel, ids: Tensor) -> tuple[float, int]:
     return float(cross_entropy(logits, ids[0, 1:], reduction="sum")), ids.shape[1] - 1
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """Mean cosines between two encoders: ``tokens`` of the last hidden states, token by token;
+    ``vectors`` of their means over each window, which is how sentence vectors are made.
+    """
+
+    tokens: float
+    vectors: float
+
+
 @torch.no_grad()
 def cosine_agreement(
     dense: PreTrainedModel, compressed: PreTrainedModel, windows: Windows
-) -> float:
-    """Mean cosine between both models' last hidden states, token by token; for encoders."""
-    total, count = 0.0, 0
+) -> Agreement:
+    """How alike both models' last hidden states are; for encoders."""
+    tokens, vectors = [], []
     for ids in windows.ids.split(1):
         x, y = (model.base_model(input_ids=ids)[0][0].float() for model in (dense, compressed))
-        cosines = torch.cosine_similarity(x, y, dim=-1)
-        total, count = total + float(cosines.sum()), count + cosines.numel()
-    return total / count
+        tokens.append(torch.cosine_similarity(x, y, dim=-1).mean())
+        vectors.append(torch.cosine_similarity(x.mean(0), y.mean(0), dim=-1))
+    return Agreement(*(float(torch.stack(found).mean()) for found in (tokens, vectors)))

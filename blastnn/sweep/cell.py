@@ -77,7 +77,8 @@ def _measured(scorer: Scorer, scores: Scores) -> dict[str, Any]:
     found |= {"cosine": None, "speed": None, "sample": None}
     if not scorer.causal:
         first = scores[0]
-        cosine = {"text": first["text"], "mean": first["cosine"], "tokens": first["tokens"]}
+        cosine = {"text": first["text"], "mean": first["cosine"]}
+        cosine |= {"vectors": first["vectors"], "tokens": first["tokens"]}
         return {**found, "cosine": cosine}
     for before, after in zip(scorer.dense, scores, strict=True):
         row = {key: after[key] for key in ("text", "sha256", "tokens", "window")}

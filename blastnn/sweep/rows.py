@@ -53,6 +53,7 @@ def _row(cell: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
         "params": params.get("after"),
         "kept": params.get("kept"),
         "scores": [entry.get("perplexity", entry.get("cosine")) for entry in scores],
+        "vectors": [entry["vectors"] for entry in scores if "vectors" in entry],
         "excess": excess,
         "share": [
             own / other if other > 0.0 else None
@@ -75,7 +76,8 @@ def worded(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """
     table = values["table"]
     texts, score = table["texts"], "cosine" if "cosine" in values["dense"][0] else "ppl"
-    groups = [score, "excess", *(["share"] if table["reference"] else [])]
+    vectors = ["vectors"] if score == "cosine" else []
+    groups = [score, *vectors, "excess", *(["share"] if table["reference"] else [])]
     heads = [f"{group} {text}" for group in groups for text in texts]
     columns = ["method", "keep", "parameters", "kept", *heads, "seconds"]
     rows = [_words(row, len(columns), 4 if score == "cosine" else 2) for row in table["rows"]]
@@ -86,13 +88,15 @@ def _words(row: dict[str, Any], columns: int, digits: int) -> list[str]:
     first = [row["method"], f"{row['keep']:g}"]
     if row["status"] != FINISHED:
         return [*first, row["status"], *[DASH] * (columns - 3)]
-    missing = columns - 5 - 2 * len(row["scores"]) - len(row["share"])
+    numbers = 2 * len(row["scores"]) + len(row["vectors"])
+    missing = columns - 5 - numbers - len(row["share"])
     shares = [*row["share"], *[None] * missing]
     return [
         *first,
         f"{row['params']:,}",
         f"{row['kept']:.2%}",
         *(f"{score:.{digits}f}" if score < LARGE else f"{score:.3e}" for score in row["scores"]),
+        *(f"{vectors:.4f}" for vectors in row["vectors"]),
         *(f"{excess:.4f}" for excess in row["excess"]),
         *(DASH if share is None else f"{share:.3f}" for share in shares),
         DASH if row["seconds"] is None else f"{row['seconds']:.0f}",

@@ -20,8 +20,8 @@ from blastnn.evaluate.text import Windows
 from blastnn.integrations.transformers import is_causal, load_model
 
 COSINE_PROTOCOL = (
-    "mean cosine between the last hidden states of both models, token by token, over the same "
-    "windows of the text"
+    "cosine: mean between the last hidden states of both models, token by token, over the same "
+    "windows of the text; vectors: between the means of the hidden states of each window"
 )
 Scores = list[dict[str, Any]]  # one entry a text
 
@@ -61,7 +61,7 @@ class Scorer:
     def _dense_scores(self) -> Scores:
         model = load_model(self._folder)
         if not is_causal(model):
-            return [_entry(windows, 0.0, cosine=1.0) for windows in self.texts]
+            return [_entry(windows, 0.0, cosine=1.0, vectors=1.0) for windows in self.texts]
         return [
             _entry(windows, 0.0, perplexity=perplexity(model, windows).perplexity)
             for windows in self.texts
@@ -76,8 +76,9 @@ class Scorer:
             found = perplexity(model, windows).perplexity
             excess = math.log(found) - math.log(self.dense[at]["perplexity"])
             return _entry(windows, excess, perplexity=found)
-        cosine = cosine_agreement(dense, model, windows)
-        return _entry(windows, 1.0 - cosine, cosine=cosine)
+        cosines = cosine_agreement(dense, model, windows)
+        lost = 1.0 - cosines.tokens
+        return _entry(windows, lost, cosine=cosines.tokens, vectors=cosines.vectors)
 
 
 def _entry(windows: Windows, excess: float, **score: float) -> dict[str, Any]:
