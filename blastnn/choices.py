@@ -74,6 +74,10 @@ Outputs = Annotated[
     str | None,
     typer.Option(help=f"how errors of a layer's outputs count: {' or '.join(OUTPUTS)}"),
 ]
+Drift = Annotated[
+    float | None,
+    typer.Option(help="share of the stream's drift that layers repair, 0 to 1"),
+]
 GradientWindows = Annotated[
     int | None, typer.Option(help="windows of calibration text to measure both with")
 ]
@@ -155,6 +159,7 @@ class JobChoices(_FitChoices, PlanChoices):
     solver: Solver = None
     inputs: Inputs = None
     moment: Moment = None
+    drift: Drift = None
     allocation: Allocation = None
     outputs: Outputs = None
 

@@ -558,6 +558,19 @@ def test_the_shifted_target_leaves_the_best_fit_unchanged():
     )
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_shifted_target_repairs_a_share_of_the_drift(share):
+    """The least-squares map onto what a stream needs, and onto the layer's own part of it."""
+    weight, x, stream = normal(24, 20), normal(300, 20, seed=1), normal(300, 24, seed=5)
+    shifted = x + 0.3 * normal(300, 20, seed=2)
+    drift = stream + (x - shifted) @ weight.T  # what was off before, and the layer's own part
+    moment, cross = shifted.T @ shifted / 300, x.T @ shifted / 300
+    target = shifted_target(weight, moment, cross, drift.T @ shifted / 300, share)
+    wanted = x @ weight.T + share * stream
+    solution, *_ = np.linalg.lstsq(shifted.numpy(), wanted.numpy(), rcond=None)
+    np.testing.assert_allclose(target.numpy(), solution.T, rtol=1e-9, atol=1e-9)
+
+
 def test_the_shifted_target_refuses_a_singular_moment():
     with pytest.raises(FactorizationError, match="damping"):
         shifted_target(normal(4, 6), torch.zeros(6, 6, dtype=torch.float64), moment_of(6, 20))

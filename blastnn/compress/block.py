@@ -29,6 +29,7 @@ from blastnn.compress.moments import (
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan
 from blastnn.compress.pruning import choose_kept
+from blastnn.compress.residual import find_sums
 from blastnn.errors import FactorizationError
 from blastnn.linear import StructuredLinear
 from blastnn.models.walk import Call
@@ -128,6 +129,7 @@ class BlockCompressor:
         wanted = [plan.kind for plan in plans if plan.spec is not None]
         records = {p.kind: LayerRecord(p.name, "kept", p.reason) for p in plans if p.spec is None}
         groups = self._groups(dense, calls, wanted, streams)
+        sums = self._sums(dense, calls, groups, streams)
         independent = streams is not None and self.options.inputs == "dense"
         ahead: dict[InputGroup, Moments] = {}
         if streams is not None and independent:
@@ -144,7 +146,7 @@ class BlockCompressor:
             moments = (
                 ahead[group]
                 if independent
-                else self._moments(dense, block, calls, group, streams, prefix, advance)
+                else self._moments(dense, block, calls, group, sums, streams, prefix, advance)
             )
             for bundle in _bundles([by_kind[kind] for kind in group.layers]):
                 for plan, record in self._replace(block, bundle, moments, outputs, kept):
@@ -170,12 +172,26 @@ class BlockCompressor:
             return [InputGroup(tuple(wanted), 0)] if wanted else []
         return find_groups(dense, calls, streams.dense[0], wanted)
 
+    def _sums(
+        self,
+        dense: nn.Module,
+        calls: Sequence[Call],
+        groups: Sequence[InputGroup],
+        streams: Streams | None,
+    ) -> dict[str, str]:
+        """Where outputs of layers that have their input for themselves are added to a stream."""
+        single = [group.layers[0] for group in groups if len(group.layers) == 1]
+        if streams is None or self.options.inputs == "dense" or not self.options.drift:
+            return {}
+        return find_sums(dense, calls, streams.dense[0], single)
+
     def _moments(
         self,
         dense: nn.Module,
         block: nn.Module,
         calls: Sequence[Call],
         group: InputGroup,
+        sums: Mapping[str, str],
         streams: Streams | None,
         prefix: str,
         advance: bool,
@@ -194,10 +210,18 @@ class BlockCompressor:
         for index, (original, current) in enumerate(
             zip(streams.dense, streams.compressed, strict=True)
         ):
-            x, output = layer_inputs(dense, calls, original, group, to_end=advance)
-            if output is not None:
-                streams.dense[index] = output
-            total.add(*((x,) if same else (layer_inputs(block, calls, current, group)[0], x)))
+            place = None if same else sums.get(group.layers[0])
+            seen = layer_inputs(dense, calls, original, group, advance, place)
+            if advance and seen.output is not None:
+                streams.dense[index] = seen.output
+            if same:
+                total.add(seen.x)
+                continue
+            now = layer_inputs(block, calls, current, group, sum_at=place)
+            drifted = None
+            if seen.total is not None and now.total is not None:
+                drifted = seen.total - now.total
+            total.add(now.x, seen.x, drifted)
         return total.finish(prefix + group.layers[0])
 
     @staticmethod

@@ -102,7 +102,7 @@ def _aim(
         return _Aim(weight, None, (f"{NO_INPUT}: fitted without data",))
     second, cross = moments.damped(options.damping)
     if cross is not None and shifted:
-        weight = shifted_target(weight, second, cross).float()
+        weight = shifted_target(weight, second, cross, moments.drift, options.drift).float()
     return _Aim(weight, second, (), moments.tokens)
 
 

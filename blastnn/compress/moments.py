@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,16 @@ def refuse(layers: Sequence[str], why: str, otherwise: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Moments:
-    """``C (n, n)`` and, where dense and compressed inputs differ, ``D (n, n)``; float64."""
+    """``C (n, n)`` and, where dense and compressed inputs differ, ``D (n, n)``; float64.
+
+    ``drift (m, n)`` is ``E[(t - t^) x^^T]`` of a layer whose output is added to a stream
+    (``residual.py``).
+    """
 
     second: Tensor
     cross: Tensor | None
     tokens: int
+    drift: Tensor | None = None
 
     def damped(self, damping: float) -> tuple[Tensor, Tensor | None]:
         """Both with ``damping`` times the mean diagonal of ``C`` added to their diagonals."""
@@ -69,11 +74,18 @@ class MomentSum:
         self._sums: dict[str, Tensor] = {}
         self.tokens = 0
 
-    def add(self, compressed: Tensor, dense: Tensor | None = None) -> None:
-        """Inputs ``(tokens, n)`` of the compressed model and, aligned, of the dense one."""
+    def add(
+        self, compressed: Tensor, dense: Tensor | None = None, drift: Tensor | None = None
+    ) -> None:
+        """Inputs ``(tokens, n)`` of the compressed model and, aligned, of the dense one.
+
+        ``drift (tokens, m)`` is how far the stream that the layer's output is added to is off.
+        """
         self._accumulate("second", compressed, compressed)
         if dense is not None:
             self._accumulate("cross", dense, compressed)
+        if drift is not None and not self._diagonal:
+            self._accumulate("drift", drift, compressed)
         self.tokens += compressed.shape[0]
 
     def _accumulate(self, key: str, left: Tensor, right: Tensor) -> None:
@@ -96,7 +108,10 @@ class MomentSum:
             )
         if self._diagonal:
             means = {key: mean.diag() for key, mean in means.items()}
-        return Moments(means["second"], means.get("cross"), self.tokens)
+        return Moments(means["second"], means.get("cross"), self.tokens, means.get("drift"))
+
+
+END = ""  # in place of a module's name: what leaves the block
 
 
 @dataclass(frozen=True)
@@ -135,28 +150,51 @@ def run_calls(block: nn.Module, calls: Sequence[Call], hidden: Tensor) -> Tensor
     return hidden
 
 
+class Passed(NamedTuple):
+    """What was seen while hidden states passed through a block, or through a part of it.
+
+    ``x (tokens, n)`` are the inputs of a group's layers, ``total (tokens, m)`` the sum of a layer's
+    output and a stream where that was asked for, ``output`` what left the block.
+    """
+
+    x: Tensor
+    total: Tensor | None
+    output: Tensor | None
+
+
 def layer_inputs(
     block: nn.Module,
     calls: Sequence[Call],
     hidden: Tensor,
     group: InputGroup,
     to_end: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The inputs ``(tokens, n)`` of a group's layers, and the block's output if run ``to_end``.
+    sum_at: str | None = None,
+) -> Passed:
+    """Pass ``hidden`` through a block, no further than needed unless ``to_end``.
 
-    Unless ``to_end``, the block is stopped as soon as the inputs are there.
+    ``sum_at`` names the module whose input is the sum wanted, ``END`` what leaves the block.
     """
     found: list[Tensor] = []
+    sums: list[Tensor] = []
     output = None
+    first = group.layers[0]
+    to_end = to_end or sum_at == END
 
-    def take(_: str, x: Tensor) -> None:
-        found.append(x.reshape(-1, x.shape[-1]))
-        if len(found) == group.calls and not to_end:
+    def take(name: str, x: Tensor) -> None:
+        if name == first:
+            found.append(x.reshape(-1, x.shape[-1]))
+        elif found and not sums:
+            sums.append(x.reshape(-1, x.shape[-1]))
+        complete = len(found) == group.calls and (sum_at is None or sums)
+        if complete and not to_end:
             raise StopForward(x)
 
-    with _Listener(block, [group.layers[0]], take), suppress(StopForward):
+    with _Listener(block, [first, *([sum_at] if sum_at else [])], take), suppress(StopForward):
         output = run_calls(block, calls, hidden)
-    return torch.cat(found) if len(found) > 1 else found[0], output
+    if sum_at == END and output is not None:
+        sums.append(output.reshape(-1, output.shape[-1]))
+    x = torch.cat(found) if len(found) > 1 else found[0]
+    return Passed(x, sums[0] if sums else None, output)
 
 
 def pass_through(

@@ -41,6 +41,8 @@ class Options:
         dtype: of the written tensors; None keeps the source's.
         quantize: ``int8`` or ``int4`` stores the large factors in few bits; None does not.
         seed: of the solver.
+        drift: where a layer's output is added to a stream, the share of what that has drifted off
+            that the layer repairs besides its own error, in [0, 1] (``residual.py``).
         allocation: how the budget is shared out among the layers: ``measured`` by what each one's
             directions matter to the model's output (``sensitivity.py``, ``allocate.py``), or
             ``uniform``, the same share of every layer.
@@ -72,6 +74,7 @@ class Options:
     dtype: str | None = None
     quantize: str | None = None
     seed: int = 0
+    drift: float = 0.5
     allocation: str = "measured"
     outputs: str = "weighted"
     gradient_windows: int = 8
@@ -83,6 +86,8 @@ class Options:
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:
             raise PlanError(f"keep must be in (0, 1], the share to keep, but is {self.keep}")
+        if not 0.0 <= self.drift <= 1.0:
+            raise PlanError(f"drift must be in [0, 1], the share to repair, but is {self.drift}")
         for name, known in (
             ("of", PARTS),
             ("inputs", INPUTS),

@@ -6,6 +6,7 @@ Ours:
   the compressed model's inputs. Whatever ``blastnn compress`` does by default.
 - ``blast-independent``: the same, every layer on the dense model's inputs.
 - ``blast-equal``: the same, every output of a layer counting alike.
+- ``blast-own``: the same, no layer repairing more than its own error.
 - ``blast-uniform``: the same, with the same share of the budget for every layer.
 
 Baselines, at the same budget:
@@ -76,6 +77,7 @@ _LOW_RANK = {
     "structure": "lowrank",
     "solver": "svd",
     "damping": _DAMPING,
+    "drift": 0.0,
     "allow_slower": True,
     **_UNIFORM,
     **_EQUAL,
@@ -100,6 +102,11 @@ METHODS: dict[str, Method] = {
             "blast-equal",
             "BLAST, every output of a layer counting alike",
             {"structure": "blast", **_EQUAL},
+        ),
+        Method(
+            "blast-own",
+            "BLAST, layers repair their own errors alone, not the stream's drift",
+            {"structure": "blast", "drift": 0.0},
         ),
         Method(
             "blast-free",
