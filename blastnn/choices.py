@@ -78,6 +78,10 @@ Drift = Annotated[
     float | None,
     typer.Option(help="share of the stream's drift that layers repair, 0 to 1"),
 ]
+Refine = Annotated[
+    int | None,
+    typer.Option(help="passes of the calibration text to refine the factors of a block together"),
+]
 GradientWindows = Annotated[
     int | None, typer.Option(help="windows of calibration text to measure both with")
 ]
@@ -160,6 +164,7 @@ class JobChoices(_FitChoices, PlanChoices):
     inputs: Inputs = None
     moment: Moment = None
     drift: Drift = None
+    refine: Refine = None
     allocation: Allocation = None
     outputs: Outputs = None
 

@@ -19,7 +19,7 @@ from blastnn.compress.output_weight import RIDGE, OutputWeight
 from blastnn.compress.plan import ALLOCATED, LayerPlan, Plan
 from blastnn.compress.report import build_report
 from blastnn.compress.run import run_job
-from blastnn.compress.sensitivity import SensitivityPass, outputs_file
+from blastnn.compress.sensitivity import SensitivityPass, block_file, outputs_file
 from blastnn.compress.spectrum import LayerSum, measure_whole
 from blastnn.files import read_json
 from blastnn.models.tensors import read_tensors
@@ -82,14 +82,21 @@ def test_block_by_block_gives_what_the_whole_model_gives(family: str, tmp_path: 
     folder = make_folder(tmp_path / "dense", family)
     job = job_of(folder)
     ids = measured_windows(job)
-    streamed = SensitivityPass(job.walker, ids, layers_of(job), tmp_path / "pass", 3).run()
+    streamed = SensitivityPass(job.walker, ids, layers_of(job), tmp_path / "pass", 3, True).run()
     model = make_model(family).requires_grad_(False)
     runs = [lambda each=each: first_tensor(model(each)) for each in ids.split(1)]
     predictions = model.get_output_embeddings() is not None
     names = {name: 2 for block in layers_of(job) for name in block}
-    whole = measure_whole(model, names, runs, predictions, 3)
+    whole = measure_whole(model, names, runs, predictions, 3, job.walker.block_names)
     assert streamed.keys() == whole.spectra.keys() == whole.outputs.keys()
     for index, block in enumerate(job.walker.blocks):
+        expected = whole.blocks[block.name]
+        torch.testing.assert_close(
+            read_tensors(block_file(tmp_path / "pass", index))["G"],
+            expected,
+            rtol=2e-3,
+            atol=1e-4 * float(expected.max()),
+        )
         for kind, found in read_tensors(outputs_file(tmp_path / "pass", index)).items():
             expected = whole.outputs[f"{block.name}.{kind}"]
             torch.testing.assert_close(

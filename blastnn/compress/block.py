@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from blastnn.compress.moments import (
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan
 from blastnn.compress.pruning import choose_kept
+from blastnn.compress.refine import BlockError, Refined, refine
 from blastnn.compress.residual import find_sums
 from blastnn.errors import FactorizationError
 from blastnn.linear import StructuredLinear
@@ -88,16 +90,28 @@ class BlockOutcome:
     records: list[LayerRecord]
     factorise_seconds: float
     forward_seconds: float
+    refined: Refined | None = None
+    refine_seconds: float = 0.0
 
 
-OnLayer = Callable[[LayerPlan, LayerRecord], None]
+class BlockProgress:
+    """What is told while blocks are compressed; the base class is silent."""
+
+    def layer(self, plan: LayerPlan, record: LayerRecord) -> None:
+        """A layer is done."""
+
+    def refining(self, block: str, done: int, total: int) -> None:
+        """The refinement of a block has taken one more of its steps."""
+
+    def refined(self, block: str, outcome: Refined) -> None:
+        """The refinement of a block has ended."""
 
 
 class BlockCompressor:
     """Compresses one block after the other with the same options."""
 
-    def __init__(self, options: Options, dtype: torch.dtype, on_layer: OnLayer) -> None:
-        self.options, self.dtype, self.on_layer = options, dtype, on_layer
+    def __init__(self, options: Options, dtype: torch.dtype, progress: BlockProgress) -> None:
+        self.options, self.dtype, self.progress = options, dtype, progress
 
     @torch.no_grad()
     def run(
@@ -107,6 +121,7 @@ class BlockCompressor:
         plans: Sequence[LayerPlan],
         streams: Streams | None,
         outputs: Mapping[str, Tensor],
+        leaving: Tensor | None = None,
     ) -> BlockOutcome:
         """Compress a block whose weights are in memory and move the streams past it.
 
@@ -117,6 +132,7 @@ class BlockCompressor:
             streams: what enters the block; moved on in place. None fits without data.
             outputs: by kind, the moments that weight the outputs of layers (``output_weight.py``);
                 those of all others count alike.
+            leaving: ``G`` of what leaves the block; given, all its factors are refined together.
 
         Raises:
             FactorizationError: names the layer.
@@ -152,18 +168,27 @@ class BlockCompressor:
                 for plan, record in self._replace(block, bundle, moments, outputs, kept):
                     records[plan.kind] = record
                     solving += record.seconds or 0.0
-                    self.on_layer(plan, record)
+                    self.progress.layer(plan, record)
         unreached = [by_kind[kind] for kind in wanted if kind not in records]
         if unreached and self.options.strict:
             refuse([plan.name for plan in unreached], UNREACHED, KEEP)
         for plan in unreached:
             records[plan.kind] = LayerRecord(plan.name, "kept", UNREACHED)
-            self.on_layer(plan, records[plan.kind])
+            self.progress.layer(plan, records[plan.kind])
+        refined, refining = None, 0.0
         if streams is not None and not independent:
-            moved = bool(groups) and len(calls) == 1
-            self._advance(dense, block, calls, streams, dense_moved=moved)
-        forward = time.perf_counter() - start - solving
-        return BlockOutcome(block, [records[p.kind] for p in plans], solving, forward)
+            if not (groups and len(calls) == 1):
+                self._advance_dense(dense, block, calls, streams)
+            began = time.perf_counter()
+            if leaving is not None:
+                refined = self._refine(block, calls, streams, leaving, prefix)
+            refining = time.perf_counter() - began
+            if not streams.equal:
+                for index, current in enumerate(streams.compressed):
+                    streams.compressed[index] = run_calls(block, calls, current)
+        forward = time.perf_counter() - start - solving - refining
+        done = [records[p.kind] for p in plans]
+        return BlockOutcome(block, done, solving, forward, refined, refining)
 
     def _groups(
         self, dense: nn.Module, calls: Sequence[Call], wanted: list[str], streams: Streams | None
@@ -253,23 +278,32 @@ class BlockCompressor:
             records.append((plan, record))
         return records
 
-    @staticmethod
-    def _advance(
-        dense: nn.Module,
+    def _refine(
+        self,
         block: nn.Module,
         calls: Sequence[Call],
         streams: Streams,
-        dense_moved: bool,
+        leaving: Tensor,
+        prefix: str,
+    ) -> Refined | None:
+        """All factors of a block together, the dense stream already behind it."""
+        error = BlockError(calls, streams.compressed, streams.dense, leaving)
+        name = prefix.removesuffix(".")
+        options, told = self.options, partial(self.progress.refining, name)
+        refined = refine(block, error, options.refine, options.seed, self.dtype, told)
+        if refined is not None:
+            self.progress.refined(name, refined)
+        return refined
+
+    @staticmethod
+    def _advance_dense(
+        dense: nn.Module, block: nn.Module, calls: Sequence[Call], streams: Streams
     ) -> None:
-        """Move both streams past the block; the dense one unless ``dense_moved`` says it is."""
+        """Move the dense stream past the block."""
         if not BlockCompressor._untouched(block):
             streams.part()
         for index, hidden in enumerate(streams.dense):
-            if not streams.equal:
-                current = streams.compressed[index]
-                streams.compressed[index] = run_calls(block, calls, current)
-            if not dense_moved:
-                streams.dense[index] = run_calls(dense, calls, hidden)
+            streams.dense[index] = run_calls(dense, calls, hidden)
 
 
 def _bundles(plans: Sequence[LayerPlan]) -> list[list[LayerPlan]]:

@@ -17,6 +17,7 @@ from blastnn.compress.html_page import (
     fingerprint,
     finite,
     note,
+    number,
     pairs,
     part,
     plain,
@@ -61,8 +62,19 @@ def sensitivity_section(report: Report) -> Html:
         ("Outputs", f"all count alike: {equal}" if equal else "weighted by their gradients"),
         ("Layers with weighted outputs", count(part(found, "weighted_layers"))),
         ("Windows measured", count(part(found, "windows"))),
+        ("Refinement", _refinement(report)),
     ]
     return section("Allocation", pairs(facts))
+
+
+def _refinement(report: Report) -> str:
+    if not (found := report.get("refinement")):
+        return "none"
+    blocks, share = len(part(found, "blocks") or ()), number(part(found, "mean_ratio"), 3)
+    return (
+        f"{count(part(found, 'epochs'))} passes of the calibration text, {blocks} blocks; held-out "
+        f"error of a block {share} of what it was; the errors of layers are those before it"
+    )
 
 
 def _sources(sources: list[dict[str, Any]]) -> Html:
@@ -98,6 +110,7 @@ def time_section(report: Report) -> Html:
     timing = report.get("timing")
     names = {
         "factorise": "Factorising",
+        "refine": "Refining",
         "forward": "Forward passes",
         "measure": "Measuring beforehand",
         "other": "Other",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blastnn.compress.allocate import allocate
-from blastnn.compress.block import KEEP, BlockCompressor, LayerRecord, Streams
+from blastnn.compress.block import KEEP, BlockCompressor, BlockProgress, LayerRecord, Streams
 from blastnn.compress.fit import fit_layer
 from blastnn.compress.job import window_length
 from blastnn.compress.measured import row_blocks
@@ -111,9 +111,9 @@ def _by_blocks(
     plan = make_plan(model, [block.name for block in blocks], options, None, tied)
     plan = share_inputs(plan) if options.joint else plan
     plan = prune_plan(plan, model.config) if options.coupled else plan
-    plan, outputs = _measured(model, plan, options, batches)
+    plan, outputs, leaving = _measured(model, plan, options, batches, [b.name for b in blocks])
     dtype = next(iter(blocks[0].module.parameters())).dtype
-    compressor = BlockCompressor(options, dtype, lambda *_: None)
+    compressor = BlockCompressor(options, dtype, BlockProgress())
     trace, streams = None, None
     if batches is not None:
         base = model.base_model  # without a cache: every call of a block would add to it
@@ -126,7 +126,9 @@ def _by_blocks(
     for index, block in enumerate(blocks):
         calls = [] if trace is None else trace.of_block(index)
         of_block = {la.kind: outputs[la.name] for la in plan.of_block(index) if la.name in outputs}
-        outcome = compressor.run(block.module, calls, plan.of_block(index), streams, of_block)
+        weight = leaving.get(block.name)
+        plans = plan.of_block(index)
+        outcome = compressor.run(block.module, calls, plans, streams, of_block, weight)
         _replace(model, block.name, outcome.module)
         records += outcome.records
     records += [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.block is None]
@@ -140,8 +142,10 @@ def _as_one_block(
         raise PlanError("the model has parameters on the meta device; load its weights first")
     if options.joint or options.coupled:
         raise PlanError("nothing is known of which layers of this module belong together")
+    if options.refine:
+        raise PlanError("nothing is known of this module's blocks, so nothing can be refined")
     plan = make_plan(model, [""], options, None, [])
-    plan, outputs = _measured(model, plan, options, batches)
+    plan, outputs, _ = _measured(model, plan, options, batches, [])
     wanted = list(plan.compressed)
     moments = None if batches is None else _dense_moments(model, wanted, batches, options.moment)
     records = [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.spec is None]
@@ -162,14 +166,20 @@ def _as_one_block(
 
 
 def _measured(
-    model: nn.Module, plan: Plan, options: Options, batches: list[Batch] | None
-) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan with its budget allocated, and the weights of outputs, as ``options`` say and as
-    far as there is anything to measure with.
+    model: nn.Module,
+    plan: Plan,
+    options: Options,
+    batches: list[Batch] | None,
+    blocks: list[str],
+) -> tuple[Plan, dict[str, Tensor], dict[str, Tensor]]:
+    """The plan with its budget allocated, and the weights of layers' and blocks' outputs, as
+    ``options`` say and as far as there is anything to measure with.
     """
-    asked = (options.allocation, options.outputs) != ("uniform", "equal")
+    asked = (options.allocation, options.outputs, options.refine) != ("uniform", "equal", 0)
     if batches is None or not asked or options.keep >= 1.0:
-        return plan, {}
+        if options.refine:
+            raise PlanError("nothing can be refined without calibration, or with keep 1")
+        return plan, {}, {}
     count = min(options.gradient_windows, len(batches))
     chosen = [batches[index * len(batches) // count] for index in range(count)]
     flags = [parameter.requires_grad for parameter in model.parameters()]
@@ -180,12 +190,13 @@ def _measured(
         [partial(_output, model, batch) for batch in chosen],
         isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None,
         options.seed,
+        blocks if options.refine else (),
     )
     for parameter, flag in zip(model.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
     if options.allocation == "measured":
         plan = allocate(plan, found.spectra, options)
-    return plan, found.outputs
+    return plan, found.outputs, found.blocks
 
 
 def _output(model: nn.Module, batch: Batch) -> Tensor:

@@ -15,10 +15,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from blastnn.compress.block import LayerRecord
+from blastnn.compress.block import BlockProgress, LayerRecord
 from blastnn.compress.draft import Draft, draft_job
 from blastnn.compress.options import Options
-from blastnn.compress.plan import LayerPlan, Plan
+from blastnn.compress.plan import Plan
 from blastnn.errors import CalibrationError
 from blastnn.evaluate.text import Windows, read_text, spread_windows
 from blastnn.models.demo import CALIBRATION
@@ -28,7 +28,7 @@ from blastnn.version import __version__
 NO_TEXT_WINDOW = 128
 
 
-class Progress:
+class Progress(BlockProgress):
     """What a job tells while it runs; the base class is silent."""
 
     def say(self, message: str) -> None:
@@ -39,9 +39,6 @@ class Progress:
 
     def measured(self, done: int, total: int) -> None:
         """The measurement of how much layers matter has done one more of its steps."""
-
-    def layer(self, plan: LayerPlan, record: LayerRecord) -> None:
-        """A layer is done."""
 
     def block(self, index: int, total: int) -> None:
         """A block is written."""

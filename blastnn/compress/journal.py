@@ -38,12 +38,14 @@ class Journal:
     """The state of a job on disk.
 
     ``identity`` is everything that decides the output's bytes; ``finished`` is how many parts
-    (blocks, then the head) are written; ``seconds`` sums the time spent by kind over all sittings.
+    (blocks, then the head) are written; ``refined`` tells by block how its refinement went;
+    ``seconds`` sums the time spent by kind over all sittings.
     """
 
     output: Path
     identity: dict[str, Any]
     records: list[LayerRecord] = field(default_factory=list)
+    refined: dict[str, dict[str, Any]] = field(default_factory=dict)
     finished: int = 0
     weights_done: bool = False
     sittings: int = 1
@@ -67,6 +69,7 @@ class Journal:
             "seconds": self.seconds,
             "probe": self.probe,
             "records": [asdict(record) for record in self.records],
+            "refined": self.refined,
         }
         write_json(self.folder / JOURNAL, values)
 
@@ -137,6 +140,7 @@ class Journal:
             output=output,
             identity=identity,
             records=records,
+            refined=values["refined"],
             finished=values["finished"],
             weights_done=values["weights_done"],
             sittings=values["sittings"] + 1,

@@ -18,7 +18,8 @@ from blastnn.compress.job import Job
 from blastnn.compress.journal import Journal
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, plan_from_file
-from blastnn.compress.sensitivity import SensitivityPass, outputs_file
+from blastnn.compress.sensitivity import SensitivityPass, block_file, outputs_file
+from blastnn.errors import PlanError
 from blastnn.files import write_json
 from blastnn.models.tensors import read_tensors
 from blastnn.structures import Channels
@@ -52,9 +53,11 @@ def why_not_weighted(job: Job) -> str | None:
 
 def settle(job: Job, journal: Journal) -> Plan:
     """The plan to follow; measures and allocates unless that was done in an earlier sitting."""
-    allocated = why_not_allocated(job) is None
-    if not allocated and why_not_weighted(job) is not None:
+    allocated, refined = why_not_allocated(job) is None, job.options.refine > 0
+    if not allocated and not refined and why_not_weighted(job) is not None:
         return job.plan
+    if refined and (reason := why_unmeasured(job)) is not None:
+        raise PlanError(f"nothing can be refined: {reason}; leave --refine out")
     path, folder = journal.folder / PLAN, journal.folder / MEASUREMENT
     if not path.is_file():
         started = time.perf_counter()
@@ -70,6 +73,12 @@ def outputs_of(journal: Journal, index: int) -> dict[str, Tensor]:
     """Blocks on the diagonal of ``G`` of one block's layers, as far as they were gathered."""
     path = outputs_file(journal.folder / MEASUREMENT, index)
     return read_tensors(path) if path.is_file() else {}
+
+
+def block_weight(journal: Journal, index: int) -> Tensor | None:
+    """``G (h, h)`` of what leaves one block, if it was gathered."""
+    path = block_file(journal.folder / MEASUREMENT, index)
+    return read_tensors(path)["G"] if path.is_file() else None
 
 
 def forget(journal: Journal) -> None:
@@ -106,5 +115,6 @@ def _pass_of(job: Job, folder: Path) -> SensitivityPass:
         layers=[{la.name: row_blocks(la, options) for la in of if la.spec} for of in plans],
         folder=folder,
         seed=job.options.seed,
+        blocks=job.options.refine > 0,
         step=job.progress.measured,
     )

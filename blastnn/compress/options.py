@@ -43,6 +43,8 @@ class Options:
         seed: of the solver.
         drift: where a layer's output is added to a stream, the share of what that has drifted off
             that the layer repairs besides its own error, in [0, 1] (``residual.py``).
+        refine: how often the calibration text passes through every finished block to refine its
+            factors together (``refine.py``); 0 leaves them as they were fitted.
         allocation: how the budget is shared out among the layers: ``measured`` by what each one's
             directions matter to the model's output (``sensitivity.py``, ``allocate.py``), or
             ``uniform``, the same share of every layer.
@@ -75,6 +77,7 @@ class Options:
     quantize: str | None = None
     seed: int = 0
     drift: float = 0.5
+    refine: int = 0
     allocation: str = "measured"
     outputs: str = "weighted"
     gradient_windows: int = 8
@@ -109,6 +112,13 @@ class Options:
             self._require("joint", {**shared, "coupled": False})
         if self.coupled:
             self._require("coupled", {"structure": "channels", "inputs": "dense"})
+        if self.refine < 0:
+            raise PlanError(f"refine must be at least 0, but is {self.refine}")
+        if self.refine and self.inputs == "dense":
+            raise PlanError(
+                "refine repairs a block on the inputs of the compressed model, so it does not go "
+                "with inputs dense"
+            )
         for name in ("sweeps", "tokens", "window", "gradient_windows"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, but is {getattr(self, name)}")

@@ -107,6 +107,7 @@ def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dic
         "options": job.options.to_json(),
         "keep": _keep(job, coverage),
         "sensitivity": _measured(job, coverage),
+        "refinement": _refinement(job, outcome.journal.refined),
         "quantization": _quantization(job, coverage),
         "calibration": _calibration(job),
         "coverage": coverage,
@@ -198,6 +199,15 @@ def _measured(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _refinement(job: Job, blocks: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """How the held-out error of each block changed; errors of layers are those before it."""
+    if not blocks:
+        return None
+    ratios = [block["after"] / block["before"] for block in blocks.values() if block["before"]]
+    mean = sum(ratios) / len(ratios) if ratios else 1.0
+    return {"epochs": job.options.refine, "mean_ratio": mean, "blocks": blocks}
+
+
 def _quantization(job: Job, coverage: list[dict[str, Any]]) -> dict[str, Any] | None:
     """How factors are stored, what that costs in bits, and the relative error that it adds."""
     how = job.options.quantization
@@ -235,6 +245,7 @@ def _timing(seconds: dict[str, float], sittings: int) -> dict[str, Any]:
     return {
         "total": total,
         "factorise": seconds.get("factorise", 0.0),
+        "refine": seconds.get("refine", 0.0),
         "forward": seconds.get("forward", 0.0),
         "measure": seconds.get("measure", 0.0),
         "other": other,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from blastnn.compress.block import BlockCompressor, Streams
 from blastnn.compress.head import compress_head
 from blastnn.compress.job import Job
 from blastnn.compress.journal import Journal, Lock
-from blastnn.compress.measured import forget, outputs_of, settle
+from blastnn.compress.measured import block_weight, forget, outputs_of, settle
 from blastnn.compress.memory_use import PeakMemory, give_memory_back
 from blastnn.compress.writer import Writer
 from blastnn.errors import ResumeError
@@ -88,7 +88,7 @@ class _Run:
     def __init__(self, job: Job, journal: Journal) -> None:
         self.job, self.journal, self.walker = job, journal, job.walker
         self.writer = Writer(journal.output, job.walker, job.dtype, job.head is not None)
-        self.compressor = BlockCompressor(job.options, job.dtype, job.progress.layer)
+        self.compressor = BlockCompressor(job.options, job.dtype, job.progress)
 
     def all(self) -> None:
         """Blocks, head, rest, configuration."""
@@ -129,13 +129,21 @@ class _Run:
         dense = self.walker.load_block(index)
         plans = self.job.plan.of_block(index)
         outcome = self.compressor.run(
-            dense, front.trace.of_block(index), plans, front.streams, outputs_of(journal, index)
+            dense,
+            front.trace.of_block(index),
+            plans,
+            front.streams,
+            outputs_of(journal, index),
+            block_weight(journal, index),
         )
         started = time.perf_counter()
         calls = front.check_trace.of_block(index)
         front.check = _run_written(outcome.module, calls, front.check, self.job.dtype)
         journal.add_seconds("forward", outcome.forward_seconds + time.perf_counter() - started)
         journal.add_seconds("factorise", outcome.factorise_seconds)
+        if outcome.refined is not None:
+            journal.refined[self.walker.blocks[index].name] = asdict(outcome.refined)
+            journal.add_seconds("refine", outcome.refine_seconds)
         started = time.perf_counter()
         self.writer.write_block(index, outcome.module)
         self.walker.release_block(index)

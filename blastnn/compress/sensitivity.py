@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blastnn.compress.memory_use import give_memory_back
 from blastnn.compress.moments import run_calls
-from blastnn.compress.spectrum import LayerSum, Spectra, fisher_loss
+from blastnn.compress.spectrum import GradientSum, LayerSum, Spectra, fisher_loss
 from blastnn.compress.walker import Walker
 from blastnn.errors import CalibrationError
 from blastnn.files import read_json, write_json, write_tensors
@@ -36,6 +36,7 @@ class SensitivityPass:
         ids: windows of token ids ``(windows, window)``.
         layers: by block, the names of the layers wanted, and how many blocks of ``G`` to gather of
             each (None for none); they are left in ``outputs_file``.
+        blocks: whether to gather ``G`` of what leaves each block, too; left in ``block_file``.
         folder: for the hidden states, the gradients and what is known already.
         seed: of the labels drawn.
         step: told after each block, on the way up and on the way down, how many of how many
@@ -47,6 +48,7 @@ class SensitivityPass:
     layers: Sequence[Mapping[str, int | None]]
     folder: Path
     seed: int
+    blocks: bool = False
     step: Callable[[int, int], None] = lambda done, total: None
 
     def run(self) -> Spectra:
@@ -126,11 +128,12 @@ class SensitivityPass:
             for kind in kinds
         }
         above = zip(self._read("hidden", index), self._read("gradient", index + 1), strict=True)
-        below = []
+        below, leaving = [], GradientSum()
         with ExitStack() as stack, torch.enable_grad():
             for total in sums.values():
                 stack.enter_context(total)
             for hidden, gradient in above:
+                leaving.add(gradient)
                 below.append(_pulled_back(block, calls, hidden, gradient))
         moments = {}
         for kind, total in sums.items():
@@ -141,6 +144,8 @@ class SensitivityPass:
             outputs_file(self.folder, index),
             {kind: moment for kind, moment in moments.items() if moment is not None},
         )
+        if self.blocks:
+            write_tensors(block_file(self.folder, index), {"G": leaving.moment()})
         self.walker.release_block(index)
         known["next"] = index - 1
         write_tensors(self._file("gradient", index), _named(below))
@@ -153,6 +158,11 @@ class SensitivityPass:
 def outputs_file(folder: Path, index: int) -> Path:
     """Where a pass in ``folder`` leaves the ``G`` of one block's layers, by their kinds."""
     return folder / f"outputs-{index:05d}.safetensors"
+
+
+def block_file(folder: Path, index: int) -> Path:
+    """Where a pass in ``folder`` leaves the ``G`` of what leaves one block."""
+    return folder / f"block-{index:05d}.safetensors"
 
 
 def _pulled_back(

@@ -14,7 +14,7 @@ without an output layer has ``1/2 || output ||^2`` instead, by random projection
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 from blastnn.compress.moments import root_of
 from blastnn.errors import CalibrationError
 from blastnn.models.linears import dense_weight
+from blastnn.models.walk import first_tensor
 
 Spectra = dict[str, list[float]]  # layer name -> falling squared singular values, nats per token
 
@@ -35,11 +36,12 @@ class Measurement:
     """What is known of the layers of a model, by name.
 
     ``outputs`` holds blocks on the diagonal of ``G``, ``(blocks, p, p)``, padded with zeros, of the
-    layers for which they were asked.
+    layers for which they were asked; ``blocks`` the whole ``G (h, h)`` of what leaves a block.
     """
 
     spectra: Spectra
     outputs: dict[str, Tensor]
+    blocks: dict[str, Tensor]
 
 
 def measure_whole(
@@ -48,6 +50,7 @@ def measure_whole(
     runs: Iterable[Callable[[], Tensor]],
     predictions: bool,
     seed: int,
+    blocks: Sequence[str] = (),
 ) -> Measurement:
     """Measure layers of a model in memory; those that no run reaches are left out.
 
@@ -58,11 +61,15 @@ def measure_whole(
         runs: each runs the model once, and gives its output.
         predictions: whether the output is the logarithm of unnormalised probabilities.
         seed: of the labels drawn.
+        blocks: names of blocks whose ``G`` is wanted.
     """
     sums = {name: LayerSum(model.get_submodule(name), n) for name, n in layers.items()}
+    leaving = {name: BlockSum(model.get_submodule(name)) for name in blocks}
     with ExitStack() as stack, torch.enable_grad():
         for total in sums.values():
             stack.enter_context(total)
+        for block in leaving.values():
+            stack.enter_context(block)
         for index, run in enumerate(runs):
             fisher_loss(run(), predictions, seed + index).backward()
     reached = {name: total for name, total in sums.items() if total.reached}
@@ -70,6 +77,7 @@ def measure_whole(
     return Measurement(
         {name: total.spectrum() for name, total in reached.items()},
         {name: moment for name, moment in outputs.items() if moment is not None},
+        {name: block.moment() for name, block in leaving.items()},
     )
 
 
@@ -134,6 +142,51 @@ class LayerSum:
         root, other = root_of(self._forward / self._tokens), self._backward / self._tokens
         values = torch.linalg.eigvalsh(root.mT @ other @ root)
         return [float(value) for value in values.clamp(min=0.0).flip(0)]
+
+
+class GradientSum:
+    """``G = E[g g^T]`` of gradients ``(tokens, h)``, piece by piece."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, gradient: Tensor) -> None:
+        """One more piece ``(..., h)``."""
+        g = gradient.float().reshape(-1, gradient.shape[-1])
+        product = (g.mT @ g).double()
+        self._sum = product if self._sum is None else self._sum.add_(product)
+        self._tokens += len(g)
+
+    def moment(self) -> Tensor:
+        """``G (h, h)``, float32."""
+        assert self._sum is not None
+        return (self._sum / self._tokens).float()
+
+
+class BlockSum(GradientSum):
+    """Gathers, while open, the gradients at what a block gives when it is last called in a run."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = block
+        self._last: Tensor | None = None
+
+    def __enter__(self) -> None:
+        self._hook: Any = self._block.register_forward_hook(self._listen)
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+        self._last = None
+
+    def _listen(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        last = self._last = first_tensor(output)
+
+        def hear(gradient: Tensor) -> None:
+            if last is self._last:
+                self.add(gradient)
+
+        last.register_hook(hear)
 
 
 def fisher_loss(output: Tensor, predictions: bool, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ from blastnn.compress.block import LayerRecord
 from blastnn.compress.job import Progress
 from blastnn.compress.memory_use import anonymous_bytes
 from blastnn.compress.plan import LayerPlan, Plan
+from blastnn.compress.refine import Refined
 from blastnn.display.table import MIB, table
 
 COLUMNS = ("layer", "shape", "rank", "error", "seconds", "memory", "time left")
@@ -74,6 +75,10 @@ class PlainReporter(Reporter):
         if done % max(total // 10, 1) == 0 or done == total:
             self.say(f"measured {done} of {total} passes of a block")
 
+    def refined(self, block: str, outcome: Refined) -> None:
+        """Print the held-out errors."""
+        self.say(_words(block, outcome))
+
     def layer(self, plan: LayerPlan, record: LayerRecord) -> None:
         """Print the layer's cells."""
         cells = zip(COLUMNS[1:], self.row(plan, record)[1:], strict=True)
@@ -105,6 +110,16 @@ class LiveReporter(Reporter):
         """Show how much of the measurement is done."""
         self._live.update(f"measured {done} of {total} passes of a block")
 
+    def refining(self, block: str, done: int, total: int) -> None:
+        """Show the steps of the refinement below the table."""
+        self._footer = f"{block}: refined {done} of {total} steps"
+        self._draw()
+
+    def refined(self, block: str, outcome: Refined) -> None:
+        """Show the held-out errors below the table."""
+        self._footer = _words(block, outcome)
+        self._draw()
+
     def block(self, index: int, total: int) -> None:
         """Show how many blocks are written."""
         self._footer = f"{index + 1} of {total} blocks written; Ctrl-C stops, --resume goes on"
@@ -112,6 +127,13 @@ class LiveReporter(Reporter):
 
     def _draw(self) -> None:
         self._live.update(Group(table(COLUMNS, self._rows[-SHOWN_ROWS:]), self._footer))
+
+
+def _words(block: str, outcome: Refined) -> str:
+    return (
+        f"{block} refined: held-out error {outcome.before:.3e} -> {outcome.after:.3e}, step "
+        f"{outcome.kept_step} of {outcome.steps}"
+    )
 
 
 def make_progress(quiet: bool = False) -> Reporter:

@@ -35,6 +35,12 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
             f"budget shared out by measurement on {measured_first['windows']} windows; "
             f"{measured_first['kept_dense']} layers stay dense for it"
         )
+    if report.get("refinement"):
+        refinement = report["refinement"]
+        console.print(
+            f"factors refined block by block, {refinement['epochs']} passes of the text; "
+            f"held-out error of a block {refinement['mean_ratio']:.3f} of what it was"
+        )
     if report.get("quantization"):
         how = report["quantization"]
         error = how["error_added"]
@@ -50,8 +56,8 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
     timing = report["timing"]
     console.print(
         f"{timing['total']:.0f} s: measuring {timing['measure']:.0f}, factorisation "
-        f"{timing['factorise']:.0f}, forward passes {timing['forward']:.0f}, other "
-        f"{timing['other']:.0f} ({timing['other_share']:.1%})"
+        f"{timing['factorise']:.0f}, refinement {timing['refine']:.0f}, forward passes "
+        f"{timing['forward']:.0f}, other {timing['other']:.0f} ({timing['other_share']:.1%})"
     )
     peak = report["memory"]["peak_anonymous_bytes"]
     if peak is not None:

@@ -6,6 +6,7 @@ Ours:
   the compressed model's inputs. Whatever ``blastnn compress`` does by default.
 - ``blast-independent``: the same, every layer on the dense model's inputs.
 - ``blast-equal``: the same, every output of a layer counting alike.
+- ``blast-refined``: the same, the factors of every finished block refined together.
 - ``blast-own``: the same, no layer repairing more than its own error.
 - ``blast-uniform``: the same, with the same share of the budget for every layer.
 
@@ -71,18 +72,18 @@ class Method:
 
 _UNIFORM = {"allocation": "uniform"}
 _EQUAL = {"outputs": "equal"}
+_UNREFINED = {"refine": 0}
+_PLAIN = {"drift": 0.0, **_UNREFINED, **_UNIFORM, **_EQUAL}
 # Whitened SVD is better with this than with 5e-2, which ``blast`` does best with (docs/log.md).
 _DAMPING = 1e-4
 _LOW_RANK = {
     "structure": "lowrank",
     "solver": "svd",
     "damping": _DAMPING,
-    "drift": 0.0,
     "allow_slower": True,
-    **_UNIFORM,
-    **_EQUAL,
+    **_PLAIN,
 }
-_PROJECTED = {"solver": "projection", "allow_slower": True, **_UNIFORM, **_EQUAL}
+_PROJECTED = {"solver": "projection", "allow_slower": True, **_PLAIN}
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -91,7 +92,7 @@ METHODS: dict[str, Method] = {
         Method(
             "blast-independent",
             "BLAST, every layer on the dense model's inputs",
-            {"structure": "blast", "inputs": "dense"},
+            {"structure": "blast", "inputs": "dense", **_UNREFINED},
         ),
         Method(
             "blast-uniform",
@@ -104,6 +105,11 @@ METHODS: dict[str, Method] = {
             {"structure": "blast", **_EQUAL},
         ),
         Method(
+            "blast-refined",
+            "BLAST, the factors of every block refined together, 3 passes of the calibration text",
+            {"structure": "blast", "refine": 3},
+        ),
+        Method(
             "blast-own",
             "BLAST, layers repair their own errors alone, not the stream's drift",
             {"structure": "blast", "drift": 0.0},
@@ -111,7 +117,7 @@ METHODS: dict[str, Method] = {
         Method(
             "blast-free",
             "BLAST by Algorithm 2, no data (arXiv 2410.21262)",
-            {"structure": "blast", "solver": "precgd", "allow_slower": True, **_UNIFORM, **_EQUAL},
+            {"structure": "blast", "solver": "precgd", "allow_slower": True, **_PLAIN},
             calibrated=False,
         ),
         Method("svd", "truncated SVD, no data", _LOW_RANK, calibrated=False),
@@ -151,6 +157,7 @@ METHODS: dict[str, Method] = {
                 "moment": "full",
                 "outputs": "weighted",
                 "coupled": True,
+                **_UNREFINED,
                 **_UNIFORM,
             },
         ),
