@@ -174,6 +174,10 @@ def sweep(
     scored_tokens: Annotated[
         int, typer.Option(help="tokens of each text to score")
     ] = DEFAULT_TOKENS,
+    task: Annotated[
+        list[str] | None, typer.Option(help="zero-shot task to score, or all; repeatable")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="rows of each task; default: all")] = None,
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="leave the compressed models in the folder")
     ] = False,
@@ -191,6 +195,8 @@ def sweep(
         calibration=parse_calibration(calibration),
         texts=text,
         scored_tokens=scored_tokens,
+        tasks=tuple(task or ()),
+        limit=limit,
         reference=reference,
     )
     with hint_on_interrupt("the same command goes on"), SweepReporter() as progress:

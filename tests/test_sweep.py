@@ -233,6 +233,48 @@ def test_encoders_are_compared_by_their_hidden_states(tmp_path: Path) -> None:
     assert report["measured"]["cosine"]["mean"] == 1.0 - excess
 
 
+def hits(model: Any, tasks: tuple[str, ...], limit: int | None, **_: Any) -> dict[str, Any]:
+    """What ``score_tasks`` returns: the dense model, a path, is right on all of eight rows."""
+    right = "11111111" if isinstance(model, str) else "11101110"
+    metric = {"value": right.count("1") / 8, "stderr": 0.1, "hits": right}
+    scores = {name: {"metrics": {"acc": metric}, "rows": 8, "rows_sha256": "abc"} for name in tasks}
+    mean = {"value": metric["value"], "stderr": 0.1}
+    return {"tasks": scores, "mean": {"acc": mean, "acc_norm": mean}, "protocol": "by hand"}
+
+
+def test_zero_shot_tasks_are_columns(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def score(model: Any, *arguments: Any, **named: Any) -> dict[str, Any]:
+        asked.append(model)
+        return hits(model, *arguments, **named)
+
+    monkeypatch.setattr("blastnn.sweep.zero_shot.score_tasks", score)
+    monkeypatch.setattr("blastnn.sweep.request.check_request", lambda tasks, limit: list(tasks))
+    request = ask(source, tasks=("piqa", "boolq"), limit=8)
+    values = run_sweep(request, tmp_path / "out")
+    assert len(asked) == 3 and isinstance(asked[0], str)
+    run_sweep(ask(source, (*SVD, "scaled-svd"), tasks=("piqa", "boolq"), limit=8), tmp_path / "out")
+    assert len(asked) == 4 and not isinstance(asked[3], str)  # the dense model's are kept
+    columns, rows = worded(values)
+    at = columns.index("accuracy")
+    assert columns[at:] == ["accuracy", "accuracy lost", "share accuracy", "seconds"]
+    assert rows[0][at:] == ["1.0000", "0.0000 ± 0.0000", "-", "-"]
+    # Two of eight rows lost, two tasks: the root of 0.75 * 0.25 / 7, divided by the root of 2.
+    assert rows[1][at : at + 3] == ["0.7500", "0.2500 ± 0.1157", "1.000"]
+    assert all(len(row) == len(columns) for row in rows)
+    assert "piqa (8 rows), boolq (8 rows); by hand" in (tmp_path / "out/sweep.md").read_text()
+    with pytest.raises(ResumeError, match="tasks"):
+        run_sweep(ask(source), tmp_path / "out")
+
+
+def test_tasks_that_cannot_be_scored_are_refused_at_once(source: Path) -> None:
+    with pytest.raises(BlastnnError, match=r"pica|blastnn\[tasks\]"):
+        ask(source, tasks=("pica",))
+
+
 def ledger(tmp_path: Path) -> Ledger:
     """Made-up figures: the reference lost 1.0 and 2.0 nats at 0.8 and nothing at 0.9."""
 

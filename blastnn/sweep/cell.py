@@ -31,8 +31,8 @@ class CellRunner:
 
         Returns:
             ``params`` of the targets ``before`` and ``after`` with the share ``kept``, ``scores``,
-            ``seconds`` of the compression, whether the loaded model is ``verified`` to compute what
-            the job did, and the report's ``warnings``.
+            ``tasks``, ``seconds`` of the compression, whether the loaded model is ``verified`` to
+            compute what the job did, and the report's ``warnings``.
 
         Raises:
             BlastnnError: the job cannot be done, or uses too little of its budget to be compared.
@@ -42,14 +42,15 @@ class CellRunner:
         job = Job(**vars(draft), windows=windows, progress=progress)
         _require_equal_size(cell, job, self.prepared.targets)
         outcome = run_job(job, folder, resume=True)
-        scores, verified = self.scorer.score(folder, outcome.journal.probe)
-        report = build_report(job, outcome, _measured(self.scorer, scores))
+        found = self.scorer.score(folder, outcome.journal.probe)
+        report = build_report(job, outcome, _measured(self.scorer, found.scores))
         save_report(report, folder)
         return {
             "params": self._params(report),
-            "scores": scores,
+            "scores": found.scores,
+            "tasks": found.tasks,
             "seconds": report["timing"]["total"],
-            "verified": verified,
+            "verified": found.verified,
             # That a method without data had none is no news.
             "warnings": [w for w in report["warnings"] if cell.calibrated or w != NO_DATA],
         }

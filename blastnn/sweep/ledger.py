@@ -16,6 +16,7 @@ from blastnn.files import read_json, remove_parts, write_json
 
 FILE = "sweep.json"
 FORMAT = "blastnn-sweep/1"
+KEPT = ("dense", "dense_tasks")  # of ``about``: what is not found anew in every sitting
 FINISHED, FAILED = "finished", "failed"
 
 
@@ -62,7 +63,7 @@ class Ledger:
                 raise ResumeError(f"{path} is not a sweep of this version of blastnn")
             refuse_changes(output, values["identity"], identity, "sweep")
             remove_parts(output)
-            return cls(output, identity, {"dense": values.get("dense")}, values["cells"])
+            return cls(output, identity, {key: values.get(key) for key in KEPT}, values["cells"])
         _require_empty(output)
         return cls(output, identity)
 

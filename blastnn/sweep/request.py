@@ -19,6 +19,7 @@ from blastnn.compress.plan import find_targets
 from blastnn.compress.report import DEFAULT_TOKENS
 from blastnn.compress.walker import Walker
 from blastnn.errors import CalibrationError, PlanError
+from blastnn.evaluate.tasks import check_request
 from blastnn.evaluate.text import Windows, first_windows, read_text
 from blastnn.models.demo import HELD_OUT
 from blastnn.models.source import DEMO, ModelFolder, Say, open_model
@@ -52,12 +53,15 @@ class Sweep:
         calibration: text files; None is the default of ``demo``, an empty sequence means no data.
         texts: text files to score on; None is the default of ``demo``.
         scored_tokens: how many tokens of each text are scored.
+        tasks: zero-shot tasks to score as well (``blastnn.evaluate.tasks``); causal models alone.
+        limit: rows of each task; None for all.
         reference: the method that others are divided by; None is ``whitened-svd`` where it is
             among the methods.
 
     Raises:
         PlanError: an unknown method, a share out of range, nothing to do, or a method that needs
             the calibration text that is not wanted.
+        MeasurementError: a task that is unknown or cannot be scored here.
     """
 
     model: str | Path
@@ -67,6 +71,8 @@ class Sweep:
     calibration: Sequence[str | Path] | None = None
     texts: Sequence[str | Path] | None = None
     scored_tokens: int = DEFAULT_TOKENS
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
     reference: str | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +88,8 @@ class Sweep:
                 f"the reference must be one of the methods {', '.join(self.methods)}, but is "
                 f"{self.reference!r}"
             )
+        if self.tasks:
+            check_request(self.tasks, self.limit)
         needy = [cell.method.name for cell in self.cells if cell.calibrated]
         if needy and self.calibration is not None and not self.calibration:
             raise PlanError(
@@ -124,6 +132,7 @@ class Prepared:
             "options": {key: value for key, value in common.items() if key != "keep"},
             "calibration": None if self.calibration is None else self.calibration.sha256,
             "texts": [windows.sha256 for windows in self.texts],
+            "tasks": {"names": list(self.sweep.tasks), "limit": self.sweep.limit},
             "blastnn": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

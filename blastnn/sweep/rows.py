@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from blastnn.sweep.ledger import FINISHED, Ledger
+from blastnn.sweep.zero_shot import METRIC, accuracy
 
 WAITING = "waiting"
 DASH = "-"
+ACCURACY = ("accuracy", "accuracy lost", "share accuracy")  # the last one with a reference
 LARGE = 1e5  # perplexities from here on are shown by their leading digits
 
 
@@ -33,6 +35,7 @@ def summarize(
     names = sorted(order, key=lambda name: keeps.index(order[name][1]))  # stable: then by method
     found = {keep: ledger.cells.get(f"{reference}-{keep}", {}) for keep in keeps}
     dense = {"method": "dense", "keep": 1.0, "status": FINISHED, "scores": ledger.about["dense"]}
+    dense["tasks"] = _of_dense(ledger.about.get("dense_tasks"))
     dense["params"] = {"after": ledger.about["targets"], "kept": 1.0}
     rows = [_row(dense, {})]
     for name in names:
@@ -59,7 +62,14 @@ def _row(cell: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
             own / other if other > 0.0 else None
             for own, other in zip(excess, against, strict=False)  # empty without a reference
         ],
+        "accuracy": accuracy(cell.get("tasks"), reference.get("tasks")),
     }
+
+
+def _of_dense(scores: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Its zero-shot tasks like those of a cell: it loses nothing."""
+    nothing = {"mean": {METRIC: {"value": 0.0, "stderr": 0.0}}}
+    return scores and {"scores": scores, "difference": nothing}
 
 
 def labels(texts: list[str]) -> list[str]:
@@ -79,16 +89,18 @@ def worded(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     vectors = ["vectors"] if score == "cosine" else []
     groups = [score, *vectors, "excess", *(["share"] if table["reference"] else [])]
     heads = [f"{group} {text}" for group in groups for text in texts]
-    columns = ["method", "keep", "parameters", "kept", *heads, "seconds"]
-    rows = [_words(row, len(columns), 4 if score == "cosine" else 2) for row in table["rows"]]
+    accuracies = ACCURACY[: 3 if table["reference"] else 2] if values.get("dense_tasks") else ()
+    columns = ["method", "keep", "parameters", "kept", *heads, *accuracies, "seconds"]
+    digits = 4 if score == "cosine" else 2
+    rows = [_words(row, len(columns), digits, len(accuracies)) for row in table["rows"]]
     return columns, rows
 
 
-def _words(row: dict[str, Any], columns: int, digits: int) -> list[str]:
+def _words(row: dict[str, Any], columns: int, digits: int, accuracies: int) -> list[str]:
     first = [row["method"], f"{row['keep']:g}"]
     if row["status"] != FINISHED:
         return [*first, row["status"], *[DASH] * (columns - 3)]
-    numbers = 2 * len(row["scores"]) + len(row["vectors"])
+    numbers = 2 * len(row["scores"]) + len(row["vectors"]) + accuracies
     missing = columns - 5 - numbers - len(row["share"])
     shares = [*row["share"], *[None] * missing]
     return [
@@ -98,9 +110,22 @@ def _words(row: dict[str, Any], columns: int, digits: int) -> list[str]:
         *(f"{score:.{digits}f}" if score < LARGE else f"{score:.3e}" for score in row["scores"]),
         *(f"{vectors:.4f}" for vectors in row["vectors"]),
         *(f"{excess:.4f}" for excess in row["excess"]),
-        *(DASH if share is None else f"{share:.3f}" for share in shares),
+        *map(_share, shares),
+        *_accuracy(row["accuracy"])[:accuracies],
         DASH if row["seconds"] is None else f"{row['seconds']:.0f}",
     ]
+
+
+def _share(share: float | None) -> str:
+    return DASH if share is None else f"{share:.3f}"
+
+
+def _accuracy(found: dict[str, Any]) -> list[str]:
+    """Below the heads of ``ACCURACY``."""
+    if not found:
+        return [DASH] * len(ACCURACY)
+    lost = f"{found['lost']:.4f} ± {found['stderr']:.4f}"
+    return [f"{found['mean']:.4f}", lost, _share(found["share"])]
 
 
 def notes(values: Mapping[str, Any]) -> list[str]:
@@ -127,6 +152,9 @@ def notes(values: Mapping[str, Any]) -> list[str]:
     found.append("seconds: of the compression alone")
     scored = ", ".join(f"{e['text']} ({e['tokens']:,} tokens)" for e in dense)
     found.append(f"scored on {scored}, windows of {dense[0]['window']}: {values['protocol']}")
+    if tasks := values.get("dense_tasks"):
+        rows = ", ".join(f"{name} ({task['rows']:,} rows)" for name, task in tasks["tasks"].items())
+        found.append(f"accuracy: mean of {METRIC} over {rows}; {tasks['protocol']}")
     if values["calibration"]:
         sources = ", ".join(str(s["name"]) for s in values["calibration"]["sources"])
         found.append(f"calibrated with {values['calibration']['tokens']:,} tokens of {sources}")

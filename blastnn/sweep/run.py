@@ -23,6 +23,7 @@ from blastnn.sweep.picture import PICTURE, draw
 from blastnn.sweep.request import Cell, Prepared, Sweep, prepare
 from blastnn.sweep.rows import summarize
 from blastnn.sweep.scoring import Scorer
+from blastnn.sweep.zero_shot import ZeroShot
 
 CELLS = "cells"
 # What a cell can fail with: our own errors, the disk, and whatever torch raises (numerical
@@ -107,7 +108,9 @@ class _Run:
         known = ledger.about.get("dense")
         if known is None:
             self.progress.say("scoring the dense model")
-        return Scorer(self.prepared.folder.path, self.prepared.texts, known)
+        sweep, folder = self.prepared.sweep, self.prepared.folder.path
+        tasks = ZeroShot(sweep.tasks, sweep.limit, folder, ledger.about.get("dense_tasks"))
+        return Scorer(folder, self.prepared.texts, known, tasks)
 
     def _about(self, scorer: Scorer) -> dict[str, Any]:
         folder, given = self.prepared.folder, self.prepared.calibration
@@ -116,6 +119,7 @@ class _Run:
             "model": {"name": folder.name, "note": folder.note},
             "targets": sum(self.prepared.targets.values()),
             "dense": scorer.dense,
+            "dense_tasks": scorer.zero_shot.dense,
             "protocol": scorer.protocol,
             "calibration": calibration,
             "environment": environment(),

@@ -8,6 +8,7 @@ the dense model. A further kind of score is one more entry in what ``Scorer.scor
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from blastnn.evaluate.perplexity import PROTOCOL, cosine_agreement, perplexity
 from blastnn.evaluate.probe import matches
 from blastnn.evaluate.text import Windows
 from blastnn.integrations.transformers import is_causal, load_model
+from blastnn.sweep.zero_shot import ZeroShot
 
 COSINE_PROTOCOL = (
     "cosine: mean between the last hidden states of both models, token by token, over the same "
@@ -26,11 +28,24 @@ COSINE_PROTOCOL = (
 Scores = list[dict[str, Any]]  # one entry a text
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A compressed model's ``scores``, whether its output is what the job computed (``verified``),
+    and its zero-shot ``tasks``, if there are any.
+    """
+
+    scores: Scores
+    verified: bool
+    tasks: dict[str, Any] | None
+
+
 class Scorer:
     """Scores models by one protocol, the dense one's scores given or found first."""
 
-    def __init__(self, dense: Path, texts: list[Windows], known: Scores | None) -> None:
-        self.texts, self._folder = texts, dense
+    def __init__(
+        self, dense: Path, texts: list[Windows], known: Scores | None, zero_shot: ZeroShot
+    ) -> None:
+        self.texts, self._folder, self.zero_shot = texts, dense, zero_shot
         self.dense = known if known is not None else self._dense_scores()
 
     @property
@@ -43,8 +58,8 @@ class Scorer:
         """How the scores are found, in words."""
         return PROTOCOL if self.causal else COSINE_PROTOCOL
 
-    def score(self, folder: Path, probe: dict[str, Any]) -> tuple[Scores, bool]:
-        """The scores of a compressed folder, and whether its output is what the job computed.
+    def score(self, folder: Path, probe: dict[str, Any]) -> Scored:
+        """Score a compressed folder.
 
         Args:
             folder: the model.
@@ -53,7 +68,8 @@ class Scorer:
         model, dense = load_model(folder), None if self.causal else load_model(self._folder)
         try:
             same = matches(model, probe)
-            return [self._score(model, dense, at) for at in range(len(self.texts))], same
+            scores = [self._score(model, dense, at) for at in range(len(self.texts))]
+            return Scored(scores, same, self.zero_shot.score(model))
         finally:
             del model, dense
             give_memory_back()
