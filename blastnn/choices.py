@@ -83,7 +83,7 @@ Refine = Annotated[
     typer.Option(help="passes of the calibration text to refine the factors of a block together"),
 ]
 GradientWindows = Annotated[
-    int | None, typer.Option(help="windows of calibration text to measure both with")
+    int | None, typer.Option(help="windows of calibration text to measure with")
 ]
 Joint = Annotated[
     bool | None,

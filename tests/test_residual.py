@@ -17,7 +17,7 @@ from blastnn.evaluate.probe import probe_arguments
 from blastnn.factorize import factorize
 from blastnn.models.linears import find_linears
 from blastnn.models.skeleton import find_blocks
-from blastnn.models.walk import capture_input, record_calls
+from blastnn.models.walk import Call, capture_input, record_calls
 from tests.made_up import make_model
 
 IDS = torch.arange(4 * 64).view(4, 64) * 7 % 250
@@ -99,3 +99,36 @@ def test_a_layer_repairs_the_stream(drift: float) -> None:
 def test_a_share_out_of_range_is_refused(drift: float) -> None:
     with pytest.raises(PlanError, match=r"drift must be in \[0, 1\]"):
         Options(drift=drift)
+
+
+def test_a_diagonal_moment_knows_no_drift() -> None:
+    results = [
+        blastnn.compress(
+            make_model("llama"), 0.6, list(IDS.split(1)), moment="diagonal", drift=drift
+        ).model.state_dict()
+        for drift in (0.0, 1.0)
+    ]
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+class Strange(nn.Module):
+    """A part of a block whose first argument is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.part = nn.Linear(8, 8), Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(self.part((x, x)))
+
+
+class Pair(nn.Module):
+    """Takes a pair."""
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] + pair[1]
+
+
+def test_modules_may_take_what_they_like() -> None:
+    found = find_sums(Strange(), [Call(0, (), {})], torch.randn(1, 5, 8), ["layer"])
+    assert found == {"layer": END}

@@ -51,7 +51,7 @@ def test_a_layer_that_nothing_reaches_is_refused_or_listed() -> None:
     )
     status = {record.name: (record.status, record.reason) for record in result.records}
     assert status["used"][0] == "compressed"
-    assert status["unused"] == ("kept", "the calibration batches never reached it")
+    assert status["unused"] == ("kept", "the calibration text never reached it")
     assert isinstance(result.model.unused, nn.Linear)
 
 

@@ -136,7 +136,8 @@ class BlockCompressor:
 
         Raises:
             FactorizationError: names the layer.
-            CalibrationError: the calibration text tells nothing of a layer, or too much.
+            CalibrationError: the calibration text tells nothing of a layer, or its inputs are not
+                finite.
         """
         start = time.perf_counter()
         block = copy.deepcopy(dense)
@@ -145,6 +146,10 @@ class BlockCompressor:
         wanted = [plan.kind for plan in plans if plan.spec is not None]
         records = {p.kind: LayerRecord(p.name, "kept", p.reason) for p in plans if p.spec is None}
         groups = self._groups(dense, calls, wanted, streams)
+        reached = {kind for group in groups for kind in group.layers}
+        unreached = [by_kind[kind] for kind in wanted if kind not in reached]
+        if unreached and self.options.strict:
+            refuse([plan.name for plan in unreached], UNREACHED, KEEP)
         sums = self._sums(dense, calls, groups, streams)
         independent = streams is not None and self.options.inputs == "dense"
         ahead: dict[InputGroup, Moments] = {}
@@ -169,9 +174,6 @@ class BlockCompressor:
                     records[plan.kind] = record
                     solving += record.seconds or 0.0
                     self.progress.layer(plan, record)
-        unreached = [by_kind[kind] for kind in wanted if kind not in records]
-        if unreached and self.options.strict:
-            refuse([plan.name for plan in unreached], UNREACHED, KEEP)
         for plan in unreached:
             records[plan.kind] = LayerRecord(plan.name, "kept", UNREACHED)
             self.progress.layer(plan, records[plan.kind])
@@ -206,7 +208,9 @@ class BlockCompressor:
     ) -> dict[str, str]:
         """Where outputs of layers that have their input for themselves are added to a stream."""
         single = [group.layers[0] for group in groups if len(group.layers) == 1]
-        if streams is None or self.options.inputs == "dense" or not self.options.drift:
+        options = self.options
+        known = options.inputs == "compressed" and options.moment == "full"
+        if streams is None or not known or not options.drift:
             return {}
         return find_sums(dense, calls, streams.dense[0], single)
 

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blastnn.compress.allocate import allocate
-from blastnn.compress.block import KEEP, BlockCompressor, BlockProgress, LayerRecord, Streams
+from blastnn.compress.block import (
+    KEEP,
+    UNREACHED,
+    BlockCompressor,
+    BlockProgress,
+    LayerRecord,
+    Streams,
+)
 from blastnn.compress.fit import fit_layer
 from blastnn.compress.job import window_length
 from blastnn.compress.measured import row_blocks
@@ -27,6 +34,7 @@ from blastnn.compress.moments import Moments, MomentSum, refuse
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
 from blastnn.compress.pruning import prune_plan
+from blastnn.compress.refine import require_windows
 from blastnn.compress.sharing import share_inputs
 from blastnn.compress.spectrum import measure_whole
 from blastnn.errors import CalibrationError, PlanError
@@ -70,6 +78,7 @@ def compress(
     """
     options = Options(keep=keep, **choices)
     batches = None if calibration is None else list(calibration)
+    require_windows(options, 0 if batches is None else len(batches))
     if batches is not None and not batches:
         raise CalibrationError("calibration holds no batch; pass None for no data")
     training = model.training
@@ -143,18 +152,21 @@ def _as_one_block(
     if options.joint or options.coupled:
         raise PlanError("nothing is known of which layers of this module belong together")
     if options.refine:
-        raise PlanError("nothing is known of this module's blocks, so nothing can be refined")
+        raise PlanError(
+            "only models that are walked block by block can be refined: a transformers model of a "
+            f"known family ({', '.join(sorted(FAMILIES))}), with batches of token ids of one shape"
+        )
     plan = make_plan(model, [""], options, None, [])
     plan, outputs, _ = _measured(model, plan, options, batches, [])
     wanted = list(plan.compressed)
     moments = None if batches is None else _dense_moments(model, wanted, batches, options.moment)
     records = [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.spec is None]
+    unreached = [] if moments is None else [la.name for la in wanted if la.name not in moments]
+    if unreached and options.strict:
+        refuse(unreached, UNREACHED, KEEP)
+    records += [LayerRecord(name, "kept", UNREACHED) for name in unreached]
     for layer in wanted:
-        if moments is not None and layer.name not in moments:
-            reason = "the calibration batches never reached it"
-            if options.strict:
-                refuse([layer.name], reason, KEEP)
-            records.append(LayerRecord(layer.name, "kept", reason))
+        if layer.name in unreached:
             continue
         old = model.get_submodule(layer.name)
         seen = None if moments is None else moments[layer.name]
@@ -177,8 +189,6 @@ def _measured(
     """
     asked = (options.allocation, options.outputs, options.refine) != ("uniform", "equal", 0)
     if batches is None or not asked or options.keep >= 1.0:
-        if options.refine:
-            raise PlanError("nothing can be refined without calibration, or with keep 1")
         return plan, {}, {}
     count = min(options.gradient_windows, len(batches))
     chosen = [batches[index * len(batches) // count] for index in range(count)]

@@ -19,6 +19,7 @@ from blastnn.compress.block import BlockProgress, LayerRecord
 from blastnn.compress.draft import Draft, draft_job
 from blastnn.compress.options import Options
 from blastnn.compress.plan import Plan
+from blastnn.compress.refine import require_windows
 from blastnn.errors import CalibrationError
 from blastnn.evaluate.text import Windows, read_text, spread_windows
 from blastnn.models.demo import CALIBRATION
@@ -46,10 +47,17 @@ class Progress(BlockProgress):
 
 @dataclass
 class Job(Draft):
-    """A prepared compression: everything is known but no weight has been read."""
+    """A prepared compression: everything is known but no weight has been read.
+
+    Raises:
+        PlanError: there is too little text for what is asked.
+    """
 
     windows: Windows | None
     progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        require_windows(self.options, 0 if self.windows is None else len(self.windows.ids))
 
     @property
     def tokens(self) -> int:

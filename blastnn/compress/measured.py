@@ -1,7 +1,8 @@
 """What a job measures before it starts: how much its layers matter, once and for all.
 
-From that follow the plan, whose budget is shared out anew, and the weights of the layers' outputs.
-Both lie in the job's own folder, so that a stopped job goes on with the same ones.
+From that follow the plan, whose budget is shared out anew, the weights of the layers' outputs, and
+those of what leaves the blocks, for a refinement. All lie in the job's own folder, so that a
+stopped job goes on with the same ones.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from blastnn.compress.journal import Journal
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, plan_from_file
 from blastnn.compress.sensitivity import SensitivityPass, block_file, outputs_file
-from blastnn.errors import PlanError
 from blastnn.files import write_json
 from blastnn.models.tensors import read_tensors
 from blastnn.structures import Channels
@@ -51,13 +51,16 @@ def why_not_weighted(job: Job) -> str | None:
     return "equal was asked for" if job.options.outputs == "equal" else why_unmeasured(job)
 
 
+def refines(job: Job) -> bool:
+    """Whether blocks are refined: asked for, and something is removed."""
+    return job.options.refine > 0 and why_unmeasured(job) is None
+
+
 def settle(job: Job, journal: Journal) -> Plan:
     """The plan to follow; measures and allocates unless that was done in an earlier sitting."""
-    allocated, refined = why_not_allocated(job) is None, job.options.refine > 0
+    allocated, refined = why_not_allocated(job) is None, refines(job)
     if not allocated and not refined and why_not_weighted(job) is not None:
         return job.plan
-    if refined and (reason := why_unmeasured(job)) is not None:
-        raise PlanError(f"nothing can be refined: {reason}; leave --refine out")
     path, folder = journal.folder / PLAN, journal.folder / MEASUREMENT
     if not path.is_file():
         started = time.perf_counter()
@@ -75,10 +78,11 @@ def outputs_of(journal: Journal, index: int) -> dict[str, Tensor]:
     return read_tensors(path) if path.is_file() else {}
 
 
-def block_weight(journal: Journal, index: int) -> Tensor | None:
-    """``G (h, h)`` of what leaves one block, if it was gathered."""
-    path = block_file(journal.folder / MEASUREMENT, index)
-    return read_tensors(path)["G"] if path.is_file() else None
+def block_weight(job: Job, journal: Journal, index: int) -> Tensor | None:
+    """``G (h, h)`` of what leaves one block; None where blocks are not refined."""
+    if not refines(job):
+        return None
+    return read_tensors(block_file(journal.folder / MEASUREMENT, index))["G"]
 
 
 def forget(journal: Journal) -> None:
@@ -115,6 +119,6 @@ def _pass_of(job: Job, folder: Path) -> SensitivityPass:
         layers=[{la.name: row_blocks(la, options) for la in of if la.spec} for of in plans],
         folder=folder,
         seed=job.options.seed,
-        blocks=job.options.refine > 0,
+        blocks=refines(job),
         step=job.progress.measured,
     )

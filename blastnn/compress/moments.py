@@ -84,7 +84,7 @@ class MomentSum:
         self._accumulate("second", compressed, compressed)
         if dense is not None:
             self._accumulate("cross", dense, compressed)
-        if drift is not None and not self._diagonal:
+        if drift is not None:
             self._accumulate("drift", drift, compressed)
         self.tokens += compressed.shape[0]
 

@@ -40,9 +40,11 @@ class Options:
         damping: added to the second moments' diagonals, relative to their mean.
         dtype: of the written tensors; None keeps the source's.
         quantize: ``int8`` or ``int4`` stores the large factors in few bits; None does not.
-        seed: of the solver.
+        seed: of the solver, of the labels drawn to measure with, and of the refinement's order.
         drift: where a layer's output is added to a stream, the share of what that has drifted off
-            that the layer repairs besides its own error, in [0, 1] (``residual.py``).
+            that the layer repairs besides its own error, in [0, 1] (``residual.py``). Of no effect
+            where layers are fitted by themselves (``inputs`` dense, no calibration), where all that
+            is known is a ``diagonal`` moment, and in blocks that are called more than once.
         refine: how often the calibration text passes through every finished block to refine its
             factors together (``refine.py``); 0 leaves them as they were fitted.
         allocation: how the budget is shared out among the layers: ``measured`` by what each one's
@@ -50,7 +52,8 @@ class Options:
             ``uniform``, the same share of every layer.
         outputs: whether the error of a layer's outputs is ``weighted`` by the gradients that the
             model's output has there (``output_weight.py``) or all count ``equal``.
-        gradient_windows: how many windows of the calibration text to measure both with.
+        gradient_windows: how many windows of the calibration text to measure these with, and what
+            ``refine`` weights errors by.
         coupled: whether attention heads and MLP channels are pruned whole (``pruning.py``).
         joint: whether layers that read the same input share their right factor (Joint Rank-k).
         strict: whether a layer of which the calibration text tells nothing is refused; otherwise it
@@ -118,6 +121,11 @@ class Options:
             raise PlanError(
                 "refine repairs a block on the inputs of the compressed model, so it does not go "
                 "with inputs dense"
+            )
+        if self.refine and self.quantize is not None:
+            raise PlanError(
+                "refine trains factors, and whole numbers cannot be trained: compress with refine, "
+                "then use `blastnn quantize` on the result"
             )
         for name in ("sweeps", "tokens", "window", "gradient_windows"):
             if getattr(self, name) < 1:

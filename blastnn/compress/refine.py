@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from blastnn.compress.moments import run_calls
+from blastnn.compress.moments import root_of, run_calls
+from blastnn.compress.options import Options
+from blastnn.errors import PlanError
 from blastnn.linear import StructuredLinear
 from blastnn.models.walk import Call
 
@@ -31,12 +33,13 @@ BETAS = (0.9, 0.99)
 WARM_UP = 0.1  # share of the steps in which the rate rises
 HELD_OUT = 8  # of so many windows one is held out
 CHECKS = 4  # how often the held-out windows are looked at
+LEAST_WINDOWS = 2
 PATIENCE = 2  # so many checks without a better loss end it
 
 
 @dataclass(frozen=True)
 class Refined:
-    """How a block's refinement went: held-out losses before and after, relative to ``G``'s scale.
+    """How a block's refinement went: the held-out loss before it, and of the factors kept.
 
     ``kept_step`` is the step whose factors were kept, of ``steps`` taken; 0 if none was better.
     """
@@ -60,9 +63,8 @@ class BlockError:
         """``weight (h, h)`` is ``G``; ``inputs`` and ``targets`` are ``(1, window, h)``."""
         self.calls, self.inputs, self.targets = calls, inputs, targets
         exact = weight.double()
-        ridge = RIDGE * exact.diagonal().mean() + torch.finfo(torch.float64).tiny
-        identity = torch.eye(len(exact), dtype=torch.float64)
-        self.root = torch.linalg.cholesky(exact + ridge * identity, upper=True).float()
+        ridge = RIDGE * exact.diagonal().mean() * torch.eye(len(exact), dtype=torch.float64)
+        self.root = root_of(exact + ridge).mT.float()
 
     def __call__(self, block: nn.Module, window: int) -> Tensor:
         """The mean over tokens."""
@@ -86,13 +88,13 @@ def refine(
         error: of this block; its inputs are those of the compressed model.
         epochs: how often the windows that are not held out pass through the block.
         seed: of their order.
-        dtype: to which the factors are rounded in the end.
+        dtype: to which the factors that are kept are rounded, before they are judged.
         step: told how many of how many steps are done.
 
     Returns:
         None where there is nothing to train, or fewer than two windows.
     """
-    factors = _factors(block)
+    factors = trainable(block)
     held, train = split_windows(len(error.inputs))
     if not factors or not train:
         return None
@@ -102,20 +104,36 @@ def refine(
     checks = {max(1, round(steps * part / CHECKS)) for part in range(1, CHECKS + 1)}
     optimizer = _optimizer(factors)
     for done, window in enumerate(_order(train, epochs, generator), 1):
-        _descend(block, error, window, optimizer, _rate(done, steps))
+        _descend(block, error, window, factors, optimizer, _rate(done, steps))
         step(done, steps)
         if done not in checks:
             continue
+        exact = _copies(factors)
+        _set(factors, [factor.to(dtype) for factor in exact])  # as they would be written
         found = _mean(block, error, held)
         if found < best:
             best, kept, kept_step, worse = found, _copies(factors), done, 0
         elif (worse := worse + 1) == PATIENCE:
             break
-    for factor, value in zip(factors, kept, strict=True):
+        _set(factors, exact)
+    _set(factors, kept)
+    for factor in factors:
         factor.requires_grad_(False)
         factor.grad = None
-        factor.copy_(value.to(dtype))
     return Refined(before, best, kept_step, done)
+
+
+def require_windows(options: Options, windows: int) -> None:
+    """Refuse a refinement without windows to train on and to hold out.
+
+    Raises:
+        PlanError: says how many there are.
+    """
+    if options.refine and windows < LEAST_WINDOWS:
+        raise PlanError(
+            f"refine needs at least {LEAST_WINDOWS} windows of calibration text, one of them to be "
+            f"held out, but there are {windows}; give more text, or leave refine out"
+        )
 
 
 def split_windows(count: int) -> tuple[list[int], list[int]]:
@@ -125,7 +143,7 @@ def split_windows(count: int) -> tuple[list[int], list[int]]:
     return out, [window for window in range(count) if window not in out]
 
 
-def _factors(block: nn.Module) -> list[nn.Parameter]:
+def trainable(block: nn.Module) -> list[nn.Parameter]:
     """The trainable factors of all structured layers, a shared one once."""
     layers = [module for module in block.modules() if isinstance(module, StructuredLinear)]
     found = {
@@ -139,6 +157,11 @@ def _factors(block: nn.Module) -> list[nn.Parameter]:
 
 def _copies(factors: Sequence[Tensor]) -> list[Tensor]:
     return [factor.detach().clone() for factor in factors]
+
+
+def _set(factors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for factor, value in zip(factors, values, strict=True):
+        factor.copy_(value)
 
 
 def _optimizer(factors: Sequence[nn.Parameter]) -> torch.optim.Adam:
@@ -166,13 +189,20 @@ def _order(train: Sequence[int], epochs: int, generator: torch.Generator) -> lis
 
 
 def _descend(
-    block: nn.Module, error: BlockError, window: int, optimizer: torch.optim.Adam, rate: float
+    block: nn.Module,
+    error: BlockError,
+    window: int,
+    factors: Sequence[nn.Parameter],
+    optimizer: torch.optim.Adam,
+    rate: float,
 ) -> None:
+    """One step; other parameters of the block get no gradient, whether they ask for one or not."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["size"]
-    optimizer.zero_grad()
     with torch.enable_grad():
-        error(block, window).backward()
+        gradients = torch.autograd.grad(error(block, window), factors)
+    for factor, gradient in zip(factors, gradients, strict=True):
+        factor.grad = gradient
     optimizer.step()
 
 

@@ -41,8 +41,8 @@ def find_sums(
     seen: list[tuple[str | None, Tensor]] = [(None, hidden)]  # None: no module's input
     with ExitStack() as hooks:
 
-        def enter(name: str, x: Tensor) -> None:
-            if x.shape == hidden.shape:
+        def enter(name: str, x: object) -> None:
+            if isinstance(x, Tensor) and x.shape == hidden.shape:
                 seen.append((name, x))
 
         def leave(name: str, y: object) -> None:

@@ -134,7 +134,7 @@ class _Run:
             plans,
             front.streams,
             outputs_of(journal, index),
-            block_weight(journal, index),
+            block_weight(self.job, journal, index),
         )
         started = time.perf_counter()
         calls = front.check_trace.of_block(index)

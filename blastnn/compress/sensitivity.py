@@ -1,7 +1,7 @@
 """The spectra of all layers of a model on disk, from one pass up and one pass down.
 
 Memory holds one block: hidden states go to the disk on the way up, and gradients come back down.
-What a spectrum is: ``spectrum.py``, whose ``spectra_of`` computes the same for a model in memory.
+What a spectrum is: ``spectrum.py``; its ``measure_whole`` computes the same for a model in memory.
 """
 
 from __future__ import annotations

@@ -119,9 +119,7 @@ class LayerSum:
                 self._add_diagonal(g, self._row_blocks)
             self.reached = True
 
-        # The first layers of a model with frozen weights: gradients begin here.
-        if not output.requires_grad:
-            output = output + torch.zeros((), dtype=output.dtype, requires_grad=True)
+        output = _with_gradient(output)
         output.register_hook(hear)
         return output
 
@@ -142,6 +140,13 @@ class LayerSum:
         root, other = root_of(self._forward / self._tokens), self._backward / self._tokens
         values = torch.linalg.eigvalsh(root.mT @ other @ root)
         return [float(value) for value in values.clamp(min=0.0).flip(0)]
+
+
+def _with_gradient(output: Tensor) -> Tensor:
+    """An output that gradients reach: in a model with frozen weights they begin at the first."""
+    if output.requires_grad:
+        return output
+    return output + torch.zeros((), dtype=output.dtype, requires_grad=True)
 
 
 class GradientSum:
@@ -169,24 +174,25 @@ class BlockSum(GradientSum):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self._block = block
-        self._last: Tensor | None = None
+        self._block, self._calls = block, 0
 
     def __enter__(self) -> None:
         self._hook: Any = self._block.register_forward_hook(self._listen)
 
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
-        self._last = None
 
-    def _listen(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        last = self._last = first_tensor(output)
+    def _listen(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        self._calls += 1
+        call = self._calls  # not the tensor: a hook that holds its own tensor is never freed
 
         def hear(gradient: Tensor) -> None:
-            if last is self._last:
+            if call == self._calls:
                 self.add(gradient)
 
-        last.register_hook(hear)
+        left = _with_gradient(first_tensor(output))
+        left.register_hook(hear)
+        return left if isinstance(output, Tensor) else (left, *output[1:])
 
 
 def fisher_loss(output: Tensor, predictions: bool, seed: int) -> Tensor:
