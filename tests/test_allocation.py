@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from blastnn.compress.measured import MEASUREMENT, PLAN, measured_windows
 from blastnn.compress.moments import Moments
 from blastnn.compress.options import Options
 from blastnn.compress.output_weight import RIDGE, OutputWeight
-from blastnn.compress.plan import ALLOCATED, LayerPlan, Plan
+from blastnn.compress.plan import ALLOCATED, SLOWER, LayerPlan, Plan
 from blastnn.compress.report import build_report
 from blastnn.compress.run import run_job
 from blastnn.compress.sensitivity import SensitivityPass, block_file, outputs_file
@@ -114,6 +115,19 @@ def two_layers(keep: float = 0.5, size: int = 256) -> Plan:
     spec = Blast.for_budget(size, size, int(keep * size * size), blocks=2)
     layers = tuple(LayerPlan(name, name, 0, size, size, spec, None) for name in ("a", "b"))
     return Plan(layers, 4 * size * size, keep, "targets")
+
+
+def test_what_is_given_up_as_slower_is_saved_elsewhere() -> None:
+    plan = two_layers(0.7)
+    slow = LayerPlan("c", "c", 0, 256, 256, None, f"{SLOWER} as blast: 0.90 times its speed")
+    spectra = {name: [float(256 - i) for i in range(256)] for name in ("a", "b")}
+    before = allocate(plan, spectra, Options(keep=0.7, **PLANNED)).target_params[1]
+    assert 0.67 * 2 * 256**2 < before <= 0.7 * 2 * 256**2
+    longer = replace(plan, layers=(*plan.layers, slow))
+    found = allocate(longer, spectra, Options(keep=0.7, **PLANNED))
+    kept = sum(layer.planned_params for layer in found.layers)
+    assert 0.67 * 3 * 256**2 < kept <= 0.7 * 3 * 256**2
+    assert found.layers[2] == slow
 
 
 def test_the_layer_that_matters_more_gets_more() -> None:

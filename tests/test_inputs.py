@@ -48,6 +48,25 @@ def test_batches_of_unlike_kinds_go_through_the_whole_model():
     assert "lm_head" in layers_of(result.model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_half_precision_model_is_fitted_in_float32(dtype, quantize):
+    """And gets its dtypes back; the same numbers in float32 give the same factors, rounded."""
+    half = make_model("llama").to(dtype)
+    choices = {"quantize": quantize, "blocks": (2, 2), "allow_slower": True}
+    found = blastnn.compress(half, 0.6, list(IDS.split(1)), **choices).model
+    expected = blastnn.compress(half.float(), 0.6, list(IDS.split(1)), **choices).model
+    assert {p.dtype for p in found.parameters()} == {dtype}
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    layers, others = layers_of(found), layers_of(expected)
+    assert layers.keys() == others.keys() != set()
+    first = [name for name in layers if name.startswith("model.layers.0.self_attn")][:2]
+    for name in first:  # later ones see rounded layers before them
+        expected, rounded = others[name].to_dense(), layers[name].to_dense().float()
+        assert (rounded - expected).norm() < 0.02 * expected.norm()
+    assert bool(torch.isfinite(found(IDS[:1]).logits).all())
+
+
 def test_sequential_layers_are_others():
     model = make_model("llama")
     both = [

@@ -38,12 +38,16 @@ class Choice:
 
 
 def allocate(plan: Plan, spectra: Spectra, options: Options) -> Plan:
-    """The plan with the same budget shared out anew among the layers that have a spectrum.
+    """The plan with its budget shared out anew among the layers that have a spectrum.
 
-    Layers without one keep their uniform share.
+    Layers without one keep their uniform share. What targeted layers keep that were given up as
+    slower than dense, the others save.
     """
     wanted = [layer for layer in plan.compressed if layer.name in spectra]
     budget = sum(layer.planned_params for layer in wanted)
+    if options.of == "targets":  # where keep counts the model's, the plan has seen to it
+        given_up = sum(layer.dense_params for layer in plan.given_up)
+        budget -= round((1.0 - options.keep) * given_up)
     tables = {la.name: _choices(la, spectra[la.name], options) for la in wanted}
     chosen = _filled(tables, _cheapest(tables, budget), budget)
     layers = tuple(

@@ -39,6 +39,7 @@ from blastnn.compress.sharing import share_inputs
 from blastnn.compress.spectrum import measure_whole
 from blastnn.errors import CalibrationError, PlanError
 from blastnn.evaluate.probe import probe_arguments
+from blastnn.linear import StructuredLinear
 from blastnn.models.families import FAMILIES
 from blastnn.models.linears import dense_weight
 from blastnn.models.skeleton import find_blocks
@@ -64,6 +65,8 @@ def compress(
     **choices: Any,
 ) -> CompressionResult:
     """Compress a copy of a model; the model itself is not changed.
+
+    All arithmetic is float32; the result has the model's own dtypes.
 
     Args:
         model: any module, with its weights in memory.
@@ -120,8 +123,9 @@ def _by_blocks(
     plan = make_plan(model, [block.name for block in blocks], options, None, tied)
     plan = share_inputs(plan) if options.joint else plan
     plan = prune_plan(plan, model.config) if options.coupled else plan
+    dtype, dtypes = next(iter(blocks[0].module.parameters())).dtype, _dtypes(model)
+    model.float()
     plan, outputs, leaving = _measured(model, plan, options, batches, [b.name for b in blocks])
-    dtype = next(iter(blocks[0].module.parameters())).dtype
     compressor = BlockCompressor(options, dtype, BlockProgress())
     trace, streams = None, None
     if batches is not None:
@@ -141,7 +145,24 @@ def _by_blocks(
         _replace(model, block.name, outcome.module)
         records += outcome.records
     records += [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.block is None]
+    _cast_back(model, dtypes)
     return CompressionResult(model, plan, records)
+
+
+def _dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Of all floating-point parameters and buffers by name."""
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    return {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
+
+
+def _cast_back(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """To the given dtypes again; a structured layer to that of the weight in whose place it is."""
+    for name, module in model.named_modules():
+        if isinstance(module, StructuredLinear):
+            module.to(dtypes[f"{name}.weight"])
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in dtypes:
+            tensor.data = tensor.data.to(dtypes[name])
 
 
 def _as_one_block(

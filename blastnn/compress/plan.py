@@ -25,6 +25,7 @@ OUTSIDE = "outside the blocks; name it in targets to compress it"
 UNTARGETED = "not among the targets"
 ALLOCATED = "stays dense: its share of the budget is best spent whole"
 WHOLE = "stays dense: pruning takes its share from other layers"
+SLOWER = "would be slower than dense"  # how the reason of a layer begins that is not worth it
 IN_BUDGET = (ALLOCATED, WHOLE)  # why a layer stays dense whose parameters count towards keep
 
 
@@ -85,6 +86,11 @@ class Plan:
     def targets(self) -> tuple[LayerPlan, ...]:
         """The layers that share the budget: the compressed ones, and those that it keeps dense."""
         return tuple(la for la in self.layers if la.spec is not None or la.reason in IN_BUDGET)
+
+    @property
+    def given_up(self) -> tuple[LayerPlan, ...]:
+        """Targeted layers that stay dense because any structure would be slower."""
+        return tuple(la for la in self.layers if (la.reason or "").startswith(SLOWER))
 
     @property
     def target_params(self) -> tuple[int, int]:
@@ -201,7 +207,7 @@ def worthwhile_spec(
         blocks = tuple(max(1, count // 2) for count in getattr(spec, "blocks", (1, 1)))
         if blocks == getattr(spec, "blocks", (1, 1)):
             best = predicted_speedup(first) or 0.0
-            return None, f"{first.name} would be slower than dense: {best:.2f} times its speed"
+            return None, f"{SLOWER} as {first.name}: {best:.2f} times its speed"
         spec = _spec(layer, options, params, blocks, step)
     return spec, None
 
