@@ -120,12 +120,12 @@ class Options:
         if self.refine and self.inputs == "dense":
             raise PlanError(
                 "refine repairs a block on the inputs of the compressed model, so it does not go "
-                "with inputs dense"
+                "with inputs dense; leave one out (--refine 0)"
             )
         if self.refine and self.quantize is not None:
             raise PlanError(
                 "refine trains factors, and whole numbers cannot be trained: compress with refine, "
-                "then use `blastnn quantize` on the result"
+                "then use `blastnn quantize` on the result, or leave one out (--refine 0)"
             )
         for name in ("sweeps", "tokens", "window", "gradient_windows"):
             if getattr(self, name) < 1:
@@ -171,5 +171,11 @@ class Options:
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"blocks": (8, 8), "sweeps": 10, "tokens": 12288, "gradient_windows": 4},
     "default": {"blocks": (8, 8)},
-    "best": {"blocks": (8, 8), "sweeps": 60, "tokens": 65536, "gradient_windows": 16},
+    "best": {
+        "blocks": (8, 8),
+        "sweeps": 60,
+        "tokens": 65536,
+        "gradient_windows": 16,
+        "refine": 3,
+    },
 }

@@ -132,7 +132,7 @@ def require_windows(options: Options, windows: int) -> None:
     if options.refine and windows < LEAST_WINDOWS:
         raise PlanError(
             f"refine needs at least {LEAST_WINDOWS} windows of calibration text, one of them to be "
-            f"held out, but there are {windows}; give more text, or leave refine out"
+            f"held out, but there are {windows}; give more text, or leave it out (--refine 0)"
         )
 
 
