@@ -66,7 +66,7 @@ def compress(
 ) -> CompressionResult:
     """Compress a copy of a model; the model itself is not changed.
 
-    All arithmetic is float32; the result has the model's own dtypes.
+    A model that is walked block by block is run in float32; the result has its own dtypes.
 
     Args:
         model: any module, with its weights in memory.

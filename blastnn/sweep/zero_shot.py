@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from blastnn.evaluate.tasks import compare_scores, score_tasks
-from blastnn.models.source import load_tokenizer
 
 METRIC = "acc_norm"  # whose mean is shown: that of the paper's Table 12
 
@@ -20,7 +19,7 @@ class ZeroShot:
 
     Attributes:
         tasks, limit: as for ``score_tasks``; no task scores nothing.
-        folder: of the dense model; its tokenizer serves all.
+        folder: of the dense model.
         dense: what ``score_tasks`` gave for it.
     """
 
@@ -31,15 +30,13 @@ class ZeroShot:
 
     def __post_init__(self) -> None:
         if self.tasks and self.dense is None:
-            tokenizer = load_tokenizer(self.folder)
-            self.dense = score_tasks(str(self.folder), self.tasks, self.limit, tokenizer=tokenizer)
+            self.dense = score_tasks(str(self.folder), self.tasks, self.limit)
 
     def score(self, model: PreTrainedModel) -> dict[str, Any] | None:
         """The ``scores`` of a compressed model and their ``difference`` from the dense one's."""
         if self.dense is None:
             return None
-        tokenizer = load_tokenizer(self.folder)
-        scores = score_tasks(model, self.tasks, self.limit, tokenizer=tokenizer)
+        scores = score_tasks(model, self.tasks, self.limit)
         return {"scores": scores, "difference": compare_scores(self.dense, scores)}
 
 
