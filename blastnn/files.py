@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def publish_folder(staged: Path, target: Path) -> None:
+    """Give a finished folder its name, unless another process was first: then that one's stays.
+
+    Both must have been made from the same input, so that either is as good.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        staged.replace(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(staged)
 
 
 def remove_parts(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from blastnn.errors import CheckpointError
 from blastnn.files import PART, read_json, remove_parts, write_json, write_tensors, write_text
+from blastnn.models import gguf
 from blastnn.models.tensors import INDEX, SINGLE, TensorFolder, find_name
 
 TENSORS = {
@@ -297,3 +299,26 @@ def test_missing_json_is_named(tmp_path):
 )
 def test_a_name_is_found_with_and_without_the_prefix(known: set[str], found: str | None) -> None:
     assert find_name("model.a", "model.", known) == found
+
+
+def test_a_folder_that_two_processes_make_at_once_is_there_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLASTNN_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    made = []
+
+    def convert_slowly(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        staged = Path(command[-1])
+        made.append(staged)
+        staged.mkdir()
+        (staged / "config.json").write_text(str(len(made)))
+        if len(made) == 1:  # another process starts, and is done, before this one is
+            gguf.convert(file, lambda _: None)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(gguf.subprocess, "run", convert_slowly)
+    folder = gguf.convert(file, lambda _: None)
+    assert len(made) == 2
+    assert (folder / "config.json").read_text() == "2"
+    assert not any(staged.exists() for staged in made)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["gguf"]

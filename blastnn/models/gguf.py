@@ -6,14 +6,14 @@ the child process. ``python -m blastnn.models.gguf FILE FOLDER`` is that process
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from blastnn.errors import ModelError
-from blastnn.files import cache_folder, sha256_of
+from blastnn.files import cache_folder, publish_folder, sha256_of
 
 NOTE = "dense weights dequantised from a GGUF file: they were once stored in few bits"
 
@@ -28,14 +28,15 @@ def convert(file: Path, say: Callable[[str], None]) -> Path:
     if (target / "config.json").is_file():
         return target
     say(f"converting {file.name} to safetensors, once")
-    staged = target.with_name(target.name + ".part")
-    shutil.rmtree(staged, ignore_errors=True)
-    command = [sys.executable, "-m", "blastnn.models.gguf", str(file.resolve()), str(staged)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(f"{file} could not be converted from GGUF: {reason}")
-    staged.replace(target)
+    # A folder of its own for each process: two may convert the same file at the same time.
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        staged = Path(scratch) / "staged"
+        command = [sys.executable, "-m", "blastnn.models.gguf", str(file.resolve()), str(staged)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ModelError(f"{file} could not be converted from GGUF: {reason}")
+        publish_folder(staged, target)
     return target
 
 

