@@ -24,11 +24,12 @@ from torch import nn
 
 from blastnn.errors import CheckpointError, StructureError
 from blastnn.files import read_json
-from blastnn.linear import RIGHT, StructuredLinear
+from blastnn.linear import StructuredLinear
 from blastnn.models.linears import LINEAR_CLASSES
 from blastnn.models.tensors import TensorFolder, find_name
 from blastnn.quantization import Form, Quantization, dtype_fits, stored_forms
 from blastnn.structures import Structure, spec_from_json
+from blastnn.structures.stack import RIGHT
 
 METHOD = "blastnn"
 FORMAT = 1

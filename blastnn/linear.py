@@ -22,8 +22,7 @@ from blastnn.quantization import (
     stored_forms,
 )
 from blastnn.structures import Factors, Structure
-
-RIGHT = "V"  # the factor that an input meets first, in every structure that has it
+from blastnn.structures.stack import RIGHT
 
 
 class StructuredLinear(nn.Module):

@@ -194,10 +194,9 @@ def test_bfloat16_and_a_plan_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"structure": "blast"}, "structure lowrank alone, but structure is blast"),
+        ({"structure": "blr"}, "structure lowrank or blast alone, but structure is blr"),
         ({"quantize": "int8"}, "quantize None"),
         ({"allocation": "measured"}, "allocation uniform"),
-        ({"outputs": "weighted"}, "outputs equal"),
         ({"allow_slower": False}, "allow_slower True"),
     ],
 )

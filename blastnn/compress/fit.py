@@ -18,14 +18,14 @@ from blastnn.factorize import (
     SOLVERS,
     choose_solver,
     factorize,
-    joint_low_rank,
     prepare,
     shifted_target,
     solver_options,
 )
 from blastnn.linear import StructuredLinear
 from blastnn.models.linears import dense_weight
-from blastnn.structures import LowRank, Structure, cast_factors
+from blastnn.structures import Structure, cast_factors
+from blastnn.structures.stack import stacked, unstacked
 
 NO_INPUT = "its inputs are zero on the whole calibration text"
 Fitted = tuple[StructuredLinear, dict[str, Any]]  # a layer, and the fields of its record
@@ -40,41 +40,101 @@ def fit_layers(
     options: Options,
     dtype: torch.dtype,
 ) -> list[Fitted]:
-    """Layers that are to be fitted together: those that share a factor, or one alone.
+    """Layers that are to be fitted together: one alone, or as a stack those that share a factor.
 
     Args:
         olds: dense layers that read the same input; the first owns what they share.
         plans: of each.
         moments: of their input; None fits without data.
-        outputs: for each, what weights its outputs; not used where a factor is shared.
-        kept: for each, the channels that stay; None where its solver chooses.
-        options: ``damping``, ``solver``, ``sweeps``, ``seed`` and ``quantize`` are used.
+        outputs: for each, what weights the errors of its outputs (``output_weight.py``); None
+            counts all alike, in the whole stack.
+        kept: for each, the channels that stay as they are; None where its solver chooses.
+        options: ``damping``, ``drift``, ``solver``, ``sweeps``, ``seed`` and ``quantize`` are used.
         dtype: to which the float32 factors are rounded.
 
+    Returns:
+        For each a structured layer, float32 but rounded to ``dtype``, and fields of its record.
+
     Raises:
-        FactorizationError: a weight that cannot be worked with.
+        FactorizationError: a weight that cannot be worked with, or a stack to be quantised.
+        StructureError: structures that cannot share a factor.
     """
-    if len(plans) == 1:
-        return [fit_layer(olds[0], plans[0], moments, outputs[0], options, dtype, kept[0])]
-    if options.quantization is not None:
+    specs = [plan.spec for plan in plans if plan.spec is not None]
+    if len(specs) > 1 and options.quantization is not None:
         raise FactorizationError("layers that share a factor are not quantised; leave that out")
-    spec, weights = plans[0].spec, [dense_weight(old).float() for old in olds]
-    assert isinstance(spec, LowRank)
-    aim = _aim(plans[0].name, torch.cat(weights), moments, options, shifted=True)
-    targets = aim.target.split([weight.shape[0] for weight in weights])
-    joint = joint_low_rank(targets, spec.rank, aim.second)
+    whole = stacked(specs) if len(specs) > 1 else specs[0]
+    solver = choose_solver(whole, options.solver)
+    data_free = not SOLVERS[solver].USES_SECOND_MOMENT
+    weight = torch.cat([dense_weight(old).float() for old in olds])
+    aim = _aim(plans[0].name, weight, moments, options, shifted=not data_free)
+    targets = aim.target.split([spec.out_features for spec in specs])
+    weights = _output_weights(outputs, specs)
+    wanted = aim.target
+    if weights:
+        wanted = torch.cat([w.apply(target) for w, target in zip(weights, targets, strict=True)])
+    extra: dict[str, Any] = {}
+    if "sweeps" in solver_options(solver):
+        extra = {"sweeps": options.sweeps}
+    if kept[0] is not None:
+        extra = {"kept": kept[0], "refit": False}
+    seen = None if data_free else aim.second
+    # Weighted factors are rounded after the weight is undone.
+    rounded = None if weights else dtype
+    result = factorize(wanted, whole, seen, solver, options.seed, rounded, **extra)
+    parts = unstacked(specs, result.factors) if len(specs) > 1 else [result.factors]
+    if weights:
+        parts = [weight.undo(part) for weight, part in zip(weights, parts, strict=True)]
+    remeasured = len(specs) > 1 or bool(weights) or (data_free and aim.second is not None)
+    fields = {
+        "weighted_outputs": bool(weights),
+        "tokens": None if seen is None else aim.tokens,
+        "solver": result.solver,
+        "solver_status": result.status,
+        "notes": [*aim.notes, *result.notes],
+    }
     fitted: list[Fitted] = []
-    for old, plan, target, factors in zip(olds, plans, targets, joint.factors, strict=True):
-        assert plan.spec is not None
-        layer = _layer(old, plan, cast_factors(cast_factors(factors, dtype), torch.float32))
-        problem = prepare(target, aim.second)
-        error = problem.relative_error(layer.to_dense().double() / problem.scale)
+    for old, plan, target, part in zip(olds, plans, targets, parts, strict=True):
+        layer = _layer(old, plan, cast_factors(cast_factors(part, dtype), torch.float32))
+        known = None if remeasured else result.relative_error
+        layer, errors = _finished(layer, target, aim.second, known, options)
         if fitted:
             layer.share(fitted[0][0])
-        status = {"solver": "joint_low_rank", "solver_status": "optimal: SVD of the stack"}
-        fields = {"relative_error": error, "tokens": aim.tokens, "notes": list(aim.notes)}
-        fitted.append((layer, {**fields, **status}))
+        fitted.append((layer.requires_grad_(False), {**errors, **fields}))
     return fitted
+
+
+def fit_layer(
+    old: nn.Module,
+    plan: LayerPlan,
+    moments: Moments | None,
+    outputs: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+) -> Fitted:
+    """One layer alone, as ``fit_layers`` does it."""
+    return fit_layers([old], [plan], moments, [outputs], [None], options, dtype)[0]
+
+
+def _finished(
+    layer: StructuredLinear,
+    target: Tensor,
+    second: Tensor | None,
+    known: float | None,
+    options: Options,
+) -> tuple[StructuredLinear, dict[str, float | None]]:
+    """The layer, quantised if that was asked for, and its errors; ``known`` before that or not."""
+    if known is not None and options.quantization is None:
+        return layer, {"relative_error": known, "error_before_quantization": None}
+    problem = prepare(target, second)
+
+    def error_of(layer: StructuredLinear) -> float:
+        return problem.relative_error(layer.to_dense().double() / problem.scale)
+
+    before = error_of(layer) if known is None else known
+    if options.quantization is None:
+        return layer, {"relative_error": before, "error_before_quantization": None}
+    layer = layer.quantized(options.quantization, second)
+    return layer, {"relative_error": error_of(layer), "error_before_quantization": before}
 
 
 @dataclass(frozen=True)
@@ -116,60 +176,13 @@ def _layer(old: nn.Module, plan: LayerPlan, factors: dict[str, Tensor]) -> Struc
     return layer.requires_grad_(False)
 
 
-def fit_layer(
-    old: nn.Module,
-    plan: LayerPlan,
-    moments: Moments | None,
-    outputs: Tensor | None,
-    options: Options,
-    dtype: torch.dtype,
-    kept: Tensor | None = None,
-) -> Fitted:
-    """A structured layer, float32 but rounded to ``dtype``, and the fields of its record.
-
-    ``outputs`` weights the errors of its outputs (``output_weight.py``); None counts all alike.
-    Given the channels that are ``kept``, their numbers stay as they are.
-    """
-    assert plan.spec is not None
-    solver = choose_solver(plan.spec, options.solver)
-    data_free = not SOLVERS[solver].USES_SECOND_MOMENT
-    aim = _aim(plan.name, dense_weight(old).float(), moments, options, shifted=not data_free)
-    extra: dict[str, Any] = {}
-    if "sweeps" in solver_options(solver):
-        extra = {"sweeps": options.sweeps}
-    if kept is not None:
-        extra = {"kept": kept, "refit": False}
-    seen = None if data_free else aim.second
-    weight = _output_weight(outputs, plan.spec)
-    # Weighted factors are rounded after the weight is undone.
-    wanted, exact = (aim.target, dtype) if weight is None else (weight.apply(aim.target), None)
-    result = factorize(wanted, plan.spec, seen, solver, options.seed, exact, **extra)
-    factors = result.factors
-    if weight is not None:
-        factors = cast_factors(weight.undo(factors), dtype)
-    layer = _layer(old, plan, cast_factors(factors, torch.float32))
-    error, before = result.relative_error, None
-    remeasured = weight is not None or (data_free and aim.second is not None)
-    if options.quantization is not None or remeasured:
-        problem = prepare(aim.target, aim.second)
-        dense = layer.to_dense().double() / problem.scale
-        error = problem.relative_error(dense) if remeasured else error
-    if options.quantization is not None:
-        layer, before = layer.quantized(options.quantization, aim.second), error
-        error = problem.relative_error(layer.to_dense().double() / problem.scale)
-    return layer.requires_grad_(False), {
-        "relative_error": error,
-        "error_before_quantization": before,
-        "weighted_outputs": weight is not None,
-        "tokens": None if seen is None else aim.tokens,
-        "solver": result.solver,
-        "solver_status": result.status,
-        "notes": [*aim.notes, *result.notes],
-    }
-
-
-def _output_weight(outputs: Tensor | None, spec: Structure) -> OutputWeight | None:
-    """What weights a layer's outputs; None where nothing is known or the spec takes none."""
-    if outputs is None or spec.row_blocks() is None or not bool(outputs.any()):
-        return None
-    return OutputWeight(outputs, spec)
+def _output_weights(
+    outputs: Sequence[Tensor | None], specs: Sequence[Structure]
+) -> list[OutputWeight]:
+    """What weights the outputs of each layer; nothing where that is not known of all."""
+    if any(o is None or s.row_blocks() is None for o, s in zip(outputs, specs, strict=True)):
+        return []
+    given = [each for each in outputs if each is not None and bool(each.any())]
+    if len(given) < len(specs):
+        return []
+    return [OutputWeight(each, spec) for each, spec in zip(given, specs, strict=True)]

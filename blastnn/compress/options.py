@@ -15,6 +15,7 @@ INPUTS = ("compressed", "dense")
 MOMENTS = ("full", "diagonal")
 ALLOCATIONS = ("measured", "uniform")
 OUTPUTS = ("weighted", "equal")
+JOINED = ("lowrank", "blast")  # structures with a right factor that several layers can share
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Options:
         gradient_windows: how many windows of the calibration text to measure these with, and what
             ``refine`` weights errors by.
         coupled: whether attention heads and MLP channels are pruned whole (``pruning.py``).
-        joint: whether layers that read the same input share their right factor (Joint Rank-k).
+        joint: whether layers that read the same input share their right factor (``sharing.py``);
+            with the structures of ``JOINED``.
         strict: whether a layer of which the calibration text tells nothing is refused; otherwise it
             stays dense (never reached) or is fitted without data (only zeros), and the report says
             so.
@@ -111,10 +113,9 @@ class Options:
         if self.quantize is not None:
             quantization_named(self.quantize)
         if self.joint:
-            shared = {"structure": "lowrank", "outputs": "equal", "quantize": None}
-            self._require("joint", {**shared, "coupled": False})
+            self._require("joint", {"structure": JOINED, "quantize": None, "coupled": False})
         if self.coupled:
-            self._require("coupled", {"structure": "channels", "inputs": "dense"})
+            self._require("coupled", {"structure": ("channels",), "inputs": "dense"})
         if self.refine < 0:
             raise PlanError(f"refine must be at least 0, but is {self.refine}")
         if self.refine and self.inputs == "dense":
@@ -133,10 +134,12 @@ class Options:
 
     def _require(self, what: str, others: dict[str, Any]) -> None:
         """Refuse choices that do not go with a way of compressing several layers together."""
-        for name, value in {**others, "allocation": "uniform", "allow_slower": True}.items():
-            if getattr(self, name) != value:
+        for name, known in {**others, "allocation": "uniform", "allow_slower": True}.items():
+            fitting = known if isinstance(known, tuple) else (known,)
+            if getattr(self, name) not in fitting:
                 raise PlanError(
-                    f"{what} goes with {name} {value} alone, but {name} is {getattr(self, name)}"
+                    f"{what} goes with {name} {' or '.join(map(str, fitting))} alone, but {name} "
+                    f"is {getattr(self, name)}"
                 )
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 from blastnn.structures import Structure
 
 # Added to ``G``, relative to its mean diagonal: directions without a gradient still count.
-RIDGE = 0.05
+RIDGE = 1.0
 
 
 class OutputWeight:

@@ -1,25 +1,28 @@
-"""Joint Rank-k planned: layers that read the same input share their right factor.
+"""Stacking planned: layers that read the same input share their right factor.
 
-The baseline of Appendix D of the BLAST paper (arXiv 2410.21262). Query, key and value, and gate and
-up, are low rank of one rank with one ``V`` in common, which is stored and counted with the first of
-them. The rank is the largest at which the whole group takes no more than its layers would apart.
+Query, key and value, and gate and up, get one rank and one ``V`` in common, which is stored and
+counted with the first of them: as low rank the baseline Joint Rank-k of the BLAST paper (arXiv
+2410.21262, Appendix D), as BLAST what the paper does with the query, key and value of ViT and DiT.
+The rank is the largest at which the whole group takes no more than its layers would apart.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+from blastnn.checkpoint import own_params
 from blastnn.compress.plan import LayerPlan, Plan
 from blastnn.errors import PlanError
 from blastnn.models.families import SHARED_INPUTS
-from blastnn.structures import LowRank
+from blastnn.structures import Blast, LowRank
 
 
 def share_inputs(plan: Plan) -> Plan:
     """The plan with a shared right factor for every group of which all layers are compressed.
 
     Raises:
-        PlanError: the model has no such group.
+        PlanError: the model has no such group, or too small a budget for one.
     """
     found: dict[str, LayerPlan] = {}
     for group in _groups(plan):
@@ -44,8 +47,37 @@ def _groups(plan: Plan) -> list[list[LayerPlan]]:
 
 
 def _joint(group: list[LayerPlan]) -> list[LayerPlan]:
+    """Specs with one ``V``, of the largest rank at which they take no more than planned apart."""
     budget = sum(layer.planned_params for layer in group)
-    n = group[0].in_features
-    rank = budget // (sum(layer.out_features for layer in group) + n)
-    first, *others = (replace(layer, spec=LowRank(layer.out_features, n, rank)) for layer in group)
+    ones = [_of_rank_one(layer, group) for layer in group]
+    per_rank = sum(own_params(spec, index > 0) for index, spec in enumerate(ones))
+    if budget < per_rank:
+        raise PlanError(
+            f"the layers from {group[0].name} on may take {budget} parameters, but with one right "
+            f"factor they take at least {per_rank}; keep more, or compress without --joint"
+        )
+    first, *others = (
+        replace(layer, spec=replace(spec, rank=budget // per_rank))
+        for layer, spec in zip(group, ones, strict=True)
+    )
     return [first, *(replace(layer, shared=first.name) for layer in others)]
+
+
+def _of_rank_one(layer: LayerPlan, group: list[LayerPlan]) -> LowRank | Blast:
+    if not isinstance(layer.spec, Blast):
+        return LowRank(layer.out_features, layer.in_features, 1)
+    columns = layer.spec.blocks[1]
+    return Blast(layer.out_features, layer.in_features, 1, (_block_rows(layer, group), columns))
+
+
+def _block_rows(layer: LayerPlan, group: list[LayerPlan]) -> int:
+    """Into how many blocks a layer's rows are cut: of one height in the whole group, that divides
+    all and cuts the tallest layer into about as many as were planned for it.
+    """
+    tallest = max(group, key=lambda each: each.out_features)
+    assert isinstance(tallest.spec, Blast)
+    wanted = tallest.out_features / tallest.spec.blocks[0]
+    common = math.gcd(*(each.out_features for each in group))
+    heights = [height for height in range(1, common + 1) if common % height == 0]
+    height = min(heights, key=lambda height: abs(math.log(height / wanted)))
+    return layer.out_features // height

@@ -9,6 +9,9 @@ Ours:
 - ``blast-refined``: the same, the factors of every finished block refined together.
 - ``blast-own``: the same, no layer repairing more than its own error.
 - ``blast-uniform``: the same, with the same share of the budget for every layer.
+- ``blast-stacked``: ``blast-uniform``, but query, key and value, and gate and up, share a right
+  factor. A product then does not become faster with the layer's parameters: for comparison alone.
+- ``blast-apart``: ``blast-uniform``, also where a layer becomes slower, as ``blast-stacked`` does.
 
 Baselines, at the same budget:
 
@@ -98,6 +101,16 @@ METHODS: dict[str, Method] = {
             "blast-uniform",
             "BLAST, the same share of every layer",
             {"structure": "blast", **_UNIFORM},
+        ),
+        Method(
+            "blast-stacked",
+            "BLAST, uniform, query, key and value with one right factor, and gate and up",
+            {"structure": "blast", "joint": True, "allow_slower": True, **_UNIFORM},
+        ),
+        Method(
+            "blast-apart",
+            "BLAST, uniform, also where a layer becomes slower; every layer its own factors",
+            {"structure": "blast", "allow_slower": True, **_UNIFORM},
         ),
         Method(
             "blast-equal",
