@@ -15,16 +15,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import blastnn
+from blastnn.checkpoint import own_params
+from blastnn.compress.fit import fit_layers
 from blastnn.compress.job import prepare_job
+from blastnn.compress.moments import Moments
 from blastnn.compress.options import Options
+from blastnn.compress.plan import LayerPlan, make_plan
 from blastnn.compress.quantize import quantize_checkpoint
 from blastnn.compress.run import run_job
+from blastnn.compress.sharing import share_inputs
 from blastnn.errors import BlastnnError, CheckpointError, PlanError, StructureError
 from blastnn.evaluate.score import inspect_folder
-from blastnn.factorize import joint_low_rank
+from blastnn.factorize import factorize, joint_low_rank, prepare
 from blastnn.files import write_json
 from blastnn.linear import StructuredLinear
-from blastnn.structures import BlockDiagonal, LowRank
+from blastnn.structures import Blast, BlockDiagonal, BlockLowRank, LowRank, Structure
+from blastnn.structures.stack import stacked, unstacked
 from tests.made_up import TEXT, make_folder, make_model
 from tests.test_end_to_end import Interruption, compress, loaded_digest, weights_digest
 
@@ -135,6 +141,135 @@ def test_the_factors_are_those_of_the_stack():
         if isinstance(module, StructuredLinear)
         for p in module.parameters()
     )
+
+
+# The same as BLAST.
+
+BLAST = {**JOINT, "structure": "blast", "blocks": (4, 3)}
+
+
+def random_factors(spec: Structure) -> dict[str, Tensor]:
+    return {key: torch.randn(shape) for key, shape in spec.factor_shapes().items()}
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [LowRank(4, 6, 3), LowRank(5, 6, 3), LowRank(1, 6, 3)],
+        [Blast(12, 7, 3, (4, 2)), Blast(3, 7, 3, (1, 2)), Blast(8, 7, 3, (3, 2))],
+        [Blast(5, 7, 2, (2, 3))],
+    ],
+)
+def test_a_stack_is_its_parts_one_below_the_other(specs: list[Structure]) -> None:
+    whole = stacked(specs)
+    factors = random_factors(whole)
+    parts = unstacked(specs, factors)
+    dense = [spec.to_dense(part) for spec, part in zip(specs, parts, strict=True)]
+    torch.testing.assert_close(torch.cat(dense), whole.to_dense(factors))
+    assert all(part["V"] is factors["V"] for part in parts)
+    own = sum(own_params(spec, index > 0) for index, spec in enumerate(specs))
+    assert own == whole.num_params
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [LowRank(4, 6, 3), LowRank(4, 6, 2)],
+        [LowRank(4, 6, 3), Blast(4, 6, 3, (1, 1))],
+        [Blast(8, 6, 3, (2, 2)), Blast(8, 6, 3, (4, 2))],  # blocks of 4 and of 2 rows
+        [Blast(5, 6, 3, (2, 2)), Blast(6, 6, 3, (2, 2))],  # the first has a row of padding
+        [BlockDiagonal(4, 6, 2), BlockDiagonal(4, 6, 2)],
+        [BlockLowRank(4, 6, 2, (2, 2)), BlockLowRank(4, 6, 2, (2, 2))],
+    ],
+)
+def test_what_does_not_stack_is_refused(specs: list[Structure]) -> None:
+    with pytest.raises(StructureError, match="cannot share a right factor"):
+        stacked(specs)
+
+
+def test_a_blast_stack_is_fitted_as_one_matrix() -> None:
+    """Against ``factorize`` of the stack."""
+    model = make_model("llama")
+    result = blastnn.compress(model, 0.6, list(IDS.split(1)), inputs="dense", **BLAST)
+    layers = [result.model.get_submodule(name) for name in QKV]
+    # q 24 x 24 was to be cut into 4 block rows of 6, which divides the 12 of k and v.
+    assert [layer.spec.blocks for layer in layers] == [(4, 3), (2, 3), (2, 3)]
+    assert layers[1].factors["V"] is layers[0].V and len(list(layers[1].parameters())) == 2
+    apart = sum(
+        Blast.for_budget(m, 24, int(0.6 * m * 24), blocks=(4, 3)).num_params for m in (24, 12, 12)
+    )
+    own = sum(p.numel() for layer in layers for p in layer.parameters())
+    per_rank = 24 + 24 + 12 + 12 + 8 * 3
+    assert own == apart // per_rank * per_rank
+    seen: list[Tensor] = []
+    hook = model.get_submodule(QKV[0]).register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    with torch.no_grad():
+        model(IDS)
+    hook.remove()
+    x = seen[0].reshape(-1, 24).double()
+    moment = x.T @ x / len(x)
+    moment.diagonal().add_(Options().damping * moment.diagonal().mean())
+    whole = stacked([layer.spec for layer in layers])
+    weight = torch.cat([model.get_submodule(name).weight.detach() for name in QKV])
+    sweeps = Options().sweeps
+    expected = factorize(weight, whole, moment, sweeps=sweeps)
+    found = torch.cat([layer.to_dense() for layer in layers])
+    problem = prepare(weight, moment)
+    error = problem.relative_error(found.detach().double() / problem.scale)
+    assert error == pytest.approx(expected.relative_error, rel=0.02)
+
+
+@torch.no_grad()
+def test_weighted_outputs_go_with_a_stack() -> None:
+    """Each layer's rows by its own weights, and between the layers by what theirs weigh."""
+    torch.manual_seed(0)
+    specs = [Blast(24, 16, 6, (4, 2)), Blast(12, 16, 6, (2, 2))]
+    olds = [nn.Linear(16, spec.out_features, bias=False) for spec in specs]
+    scales = [torch.logspace(-2, 1, 24), torch.logspace(1, -2, 12)]
+    outputs = [scale.diag()[None] for scale in scales]
+    x = torch.randn(500, 16)
+    moments = Moments((x.mT @ x / 500).double(), None, 500)
+    plans = [
+        LayerPlan(name, name, 0, spec.out_features, 16, spec, None, shared)
+        for name, spec, shared in zip("ab", specs, (None, "a"), strict=True)
+    ]
+    errors = []
+    for given in ([None, None], outputs):
+        fitted = fit_layers(olds, plans, moments, given, [None, None], Options(), torch.float32)
+        gaps = [
+            (layer.to_dense() - old.weight) @ x.mT
+            for (layer, _), old in zip(fitted, olds, strict=True)
+        ]
+        loss = [(s[:, None] * gap.square()).sum() for s, gap in zip(scales, gaps, strict=True)]
+        errors.append(float(sum(loss)))
+        for (_, fields), gap, old in zip(fitted, gaps, olds, strict=True):
+            assert fields["weighted_outputs"] is (given[0] is not None)
+            plain = float(gap.norm() / (old.weight @ x.mT).norm())
+            assert fields["relative_error"] == pytest.approx(plain, rel=2e-2)
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_blast_stack_is_written_once_and_resumes(tmp_path: Path) -> None:
+    source, choices = make_folder(tmp_path / "dense"), {**BLAST, "outputs": "weighted"}
+    outcome = compress(source, tmp_path / "whole", **choices)
+    assert loaded_digest(tmp_path / "whole", outcome) == outcome.journal.probe["logits_sha256"]
+    assert f"{QKV[1]}.S" in names_of(tmp_path / "whole")
+    assert f"{QKV[1]}.V" not in names_of(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, tmp_path / "parts", progress=Interruption(9), **choices)
+    compress(source, tmp_path / "parts", resume=True, **choices)
+    assert weights_digest(tmp_path / "parts") == weights_digest(tmp_path / "whole")
+
+
+def test_a_budget_below_one_right_factor_is_refused() -> None:
+    """13 and 7 rows have no height in common but 1, and so many blocks take their couplings."""
+    specs = [("q_proj", Blast(13, 24, 1, (4, 12))), ("k_proj", Blast(7, 24, 1, (2, 12)))]
+    layers = tuple(
+        LayerPlan(f"0.{leaf}", leaf, 0, spec.out_features, 24, spec, None) for leaf, spec in specs
+    )
+    plan = make_plan(make_model("llama"), ["model.layers.0"], Options(), None, [])
+    with pytest.raises(PlanError, match=r"from 0\.q_proj on may take 144 .* at least 284"):
+        share_inputs(replace(plan, layers=layers))
 
 
 @pytest.mark.parametrize("calibration", [list(IDS.split(1)), None])
