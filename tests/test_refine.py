@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,8 +147,10 @@ def test_windows_held_out_are_spread_and_few(count: int) -> None:
 @pytest.mark.parametrize(("family", "blocks"), [("llama", 3), ("gpt2", 3), ("albert", 1)])
 def test_a_job_refines_every_block_and_resumes(family: str, blocks: int, tmp_path: Path) -> None:
     source = make_folder(tmp_path / "dense", family)
-    plain = compress(source, tmp_path / "plain")
-    whole = compress(source, tmp_path / "whole", refine=2)
+    more: dict[str, Any] = {"tokens": 1024}  # with fewer no held-out window gains
+    refined = {**more, "refine": 3}
+    plain = compress(source, tmp_path / "plain", **more)
+    whole = compress(source, tmp_path / "whole", **refined)
     done = whole.journal.refined
     assert len(done) == blocks
     assert any(entry["after"] < entry["before"] for entry in done.values())
@@ -156,9 +159,9 @@ def test_a_job_refines_every_block_and_resumes(family: str, blocks: int, tmp_pat
     for layers in (3, 9)[:blocks]:
         with pytest.raises(KeyboardInterrupt):
             compress(
-                source, tmp_path / "parts", refine=2, resume=True, progress=Interruption(layers)
+                source, tmp_path / "parts", resume=True, progress=Interruption(layers), **refined
             )
-    outcome = compress(source, tmp_path / "parts", refine=2, resume=True)
+    outcome = compress(source, tmp_path / "parts", resume=True, **refined)
     assert outcome.journal.refined == done
     assert weights_digest(tmp_path / "parts") == weights_digest(tmp_path / "whole")
     assert loaded_digest(tmp_path / "parts", outcome) == outcome.journal.probe["logits_sha256"]
@@ -166,7 +169,7 @@ def test_a_job_refines_every_block_and_resumes(family: str, blocks: int, tmp_pat
 
 def test_in_memory_gives_what_a_job_gives(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "dense")
-    choices = {**SMALL, "refine": 2}
+    choices = {**SMALL, "tokens": 1024, "refine": 3}
     job = prepare_job(source, Options(**choices), [TEXT])
     assert job.windows is not None
     run_job(job, tmp_path / "out")
@@ -176,7 +179,8 @@ def test_in_memory_gives_what_a_job_gives(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     result = blastnn.compress(model, calibration=ids, **choices)
     found = result.model.state_dict()
-    fitted = blastnn.compress(model, calibration=ids, **SMALL).model.state_dict()
+    plain = blastnn.compress(model, calibration=ids, **{**choices, "refine": 0})
+    fitted = plain.model.state_dict()
     changed = [name for name in found if not torch.equal(found[name], fitted[name])]
     assert changed and all(name.rpartition(".")[2] in ("U", "S", "V") for name in changed)
     for name, value in expected.items():

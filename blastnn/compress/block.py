@@ -7,9 +7,8 @@ With ``inputs="dense"`` every layer is fitted by itself, and one pass of the den
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,49 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from blastnn.compress.fit import fit_layers
-from blastnn.compress.moments import (
-    InputGroup,
-    Moments,
-    MomentSum,
-    find_groups,
-    layer_inputs,
-    pass_through,
-    refuse,
-    run_calls,
-)
+from blastnn.compress.moments import InputGroup, Moments, refuse
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan
 from blastnn.compress.pruning import choose_kept
 from blastnn.compress.refine import BlockError, Refined, refine
-from blastnn.compress.residual import find_sums
+from blastnn.compress.streams import OpenBlock, Streams
 from blastnn.errors import FactorizationError
-from blastnn.linear import StructuredLinear
 from blastnn.models.walk import Call
 
 UNREACHED = "the calibration text never reached it"
 KEEP = "keep it dense"  # what happens to it, unless that is refused
-
-
-@dataclass
-class Streams:
-    """Hidden states ``(windows, window, hidden)`` in the dense and in the compressed model.
-
-    While both are equal, ``compressed`` is the same list as ``dense``; so it stays where layers are
-    fitted on dense inputs, and the compressed model's are not asked for.
-    """
-
-    dense: list[Tensor]
-    compressed: list[Tensor]
-
-    @property
-    def equal(self) -> bool:
-        """Whether there is one stream, that of the dense model."""
-        return self.compressed is self.dense
-
-    def part(self) -> None:
-        """Let the two move apart from here on; the tensors so far stay shared."""
-        if self.equal:
-            self.compressed = list(self.dense)
 
 
 @dataclass(frozen=True)
@@ -140,122 +107,82 @@ class BlockCompressor:
                 finite.
         """
         start = time.perf_counter()
-        block = copy.deepcopy(dense)
-        by_kind = {plan.kind: plan for plan in plans}
         prefix = plans[0].name.removesuffix(plans[0].kind) if plans else ""
-        wanted = [plan.kind for plan in plans if plan.spec is not None]
+        opened = OpenBlock(dense, calls, streams, prefix)
+        groups = opened.groups([plan.kind for plan in plans if plan.spec is not None])
         records = {p.kind: LayerRecord(p.name, "kept", p.reason) for p in plans if p.spec is None}
-        groups = self._groups(dense, calls, wanted, streams)
-        reached = {kind for group in groups for kind in group.layers}
-        unreached = [by_kind[kind] for kind in wanted if kind not in reached]
-        if unreached and self.options.strict:
-            refuse([plan.name for plan in unreached], UNREACHED, KEEP)
-        sums = self._sums(dense, calls, groups, streams)
-        independent = streams is not None and self.options.inputs == "dense"
-        ahead: dict[InputGroup, Moments] = {}
-        if streams is not None and independent:
-            moment = self.options.moment
-            ahead = pass_through(dense, calls, streams.dense, groups, moment, prefix)
-        kept: dict[str, Tensor] = {}
-        if self.options.coupled:
-            known = {kind: moments for group, moments in ahead.items() for kind in group.layers}
-            kept = choose_kept(dense, plans, known, outputs)
-        solving = 0.0
-        for group in groups:
-            # A block called once has its dense output for nothing while its last group is read.
-            advance = group is groups[-1] and len(calls) == 1
-            moments = (
-                ahead[group]
-                if independent
-                else self._moments(dense, block, calls, group, sums, streams, prefix, advance)
-            )
-            for bundle in _bundles([by_kind[kind] for kind in group.layers]):
-                for plan, record in self._replace(block, bundle, moments, outputs, kept):
-                    records[plan.kind] = record
-                    solving += record.seconds or 0.0
-                    self.progress.layer(plan, record)
+        unreached = self._unreached(plans, groups)
+        solving = self._fit(opened, plans, groups, outputs, records)
         for plan in unreached:
             records[plan.kind] = LayerRecord(plan.name, "kept", UNREACHED)
             self.progress.layer(plan, records[plan.kind])
         refined, refining = None, 0.0
-        if streams is not None and not independent:
-            if not (groups and len(calls) == 1):
-                self._advance_dense(dense, block, calls, streams)
+        if streams is not None and self.options.inputs == "compressed":
+            if not (groups and opened.once):  # otherwise the last group's moments have seen to it
+                opened.advance_dense()
             began = time.perf_counter()
             if leaving is not None:
-                refined = self._refine(block, calls, streams, leaving, prefix)
+                refined = self._refine(opened, streams, leaving)
             refining = time.perf_counter() - began
-            if not streams.equal:
-                for index, current in enumerate(streams.compressed):
-                    streams.compressed[index] = run_calls(block, calls, current)
+            opened.advance_compressed()
         forward = time.perf_counter() - start - solving - refining
         done = [records[p.kind] for p in plans]
-        return BlockOutcome(block, done, solving, forward, refined, refining)
+        return BlockOutcome(opened.block, done, solving, forward, refined, refining)
 
-    def _groups(
-        self, dense: nn.Module, calls: Sequence[Call], wanted: list[str], streams: Streams | None
-    ) -> list[InputGroup]:
-        if streams is None:
-            return [InputGroup(tuple(wanted), 0)] if wanted else []
-        return find_groups(dense, calls, streams.dense[0], wanted)
+    def _unreached(
+        self, plans: Sequence[LayerPlan], groups: Sequence[InputGroup]
+    ) -> list[LayerPlan]:
+        """Layers that are to be compressed and are in no group; refused where that is asked for."""
+        reached = {kind for group in groups for kind in group.layers}
+        found = [plan for plan in plans if plan.spec is not None and plan.kind not in reached]
+        if found and self.options.strict:
+            refuse([plan.name for plan in found], UNREACHED, KEEP)
+        return found
 
-    def _sums(
+    def _fit(
         self,
-        dense: nn.Module,
-        calls: Sequence[Call],
+        opened: OpenBlock,
+        plans: Sequence[LayerPlan],
         groups: Sequence[InputGroup],
-        streams: Streams | None,
-    ) -> dict[str, str]:
-        """Where outputs of layers that have their input for themselves are added to a stream."""
-        single = [group.layers[0] for group in groups if len(group.layers) == 1]
-        options = self.options
-        known = options.inputs == "compressed" and options.moment == "full"
-        if streams is None or not known or not options.drift:
-            return {}
-        return find_sums(dense, calls, streams.dense[0], single)
+        outputs: Mapping[str, Tensor],
+        records: dict[str, LayerRecord],
+    ) -> float:
+        """Replace the layers of all groups and add their records; the seconds that solving took."""
+        by_kind, solving = {plan.kind: plan for plan in plans}, 0.0
+        known = self._moments(opened, groups)
+        kept: dict[str, Tensor] = {}
+        if self.options.coupled:  # which goes with inputs of the dense model alone
+            known = list(known)
+            seen = {kind: m for group, m in known if m is not None for kind in group.layers}
+            kept = choose_kept(opened.dense, plans, seen, outputs)
+        for group, moments in known:
+            for bundle in _bundles([by_kind[kind] for kind in group.layers]):
+                for plan, record in self._replace(opened.block, bundle, moments, outputs, kept):
+                    records[plan.kind] = record
+                    solving += record.seconds or 0.0
+                    self.progress.layer(plan, record)
+        return solving
 
     def _moments(
-        self,
-        dense: nn.Module,
-        block: nn.Module,
-        calls: Sequence[Call],
-        group: InputGroup,
-        sums: Mapping[str, str],
-        streams: Streams | None,
-        prefix: str,
-        advance: bool,
-    ) -> Moments | None:
-        """Moments of a group's inputs; of the dense ones alone where a block is called again.
+        self, opened: OpenBlock, groups: Sequence[InputGroup]
+    ) -> Iterable[tuple[InputGroup, Moments | None]]:
+        """Each group with the moments of its inputs, once those before it have been replaced."""
+        if opened.streams is None:
+            return [(group, None) for group in groups]
+        if self.options.inputs == "dense":
+            return list(opened.dense_moments(groups, self.options.moment).items())
+        return self._one_after_the_other(opened, groups)
 
-        A block that is called several times feeds itself: what it will see depends on its own,
-        not yet known, factors. With ``advance`` the dense stream is moved past the block as well.
-        """
-        if streams is None:
-            return None
-        total = MomentSum(self.options.moment)
-        same = len(calls) > 1 or (streams.equal and self._untouched(block))
-        if advance:
-            streams.part()
-        for index, (original, current) in enumerate(
-            zip(streams.dense, streams.compressed, strict=True)
-        ):
-            place = None if same else sums.get(group.layers[0])
-            seen = layer_inputs(dense, calls, original, group, advance, place)
-            if advance and seen.output is not None:
-                streams.dense[index] = seen.output
-            if same:
-                total.add(seen.x)
-                continue
-            now = layer_inputs(block, calls, current, group, sum_at=place)
-            drifted = None
-            if seen.total is not None and now.total is not None:
-                drifted = seen.total - now.total
-            total.add(now.x, seen.x, drifted)
-        return total.finish(prefix + group.layers[0])
-
-    @staticmethod
-    def _untouched(block: nn.Module) -> bool:
-        return not any(isinstance(module, StructuredLinear) for module in block.modules())
+    def _one_after_the_other(
+        self, opened: OpenBlock, groups: Sequence[InputGroup]
+    ) -> Iterator[tuple[InputGroup, Moments]]:
+        options = self.options
+        repaired = options.drift > 0.0 and options.moment == "full"
+        sums = opened.sums(groups) if repaired else {}
+        for group in groups:
+            # A block called once has its dense output for nothing while its last group is read.
+            advance = group is groups[-1] and opened.once
+            yield group, opened.moments(group, sums, options.moment, advance)
 
     def _replace(
         self,
@@ -282,32 +209,15 @@ class BlockCompressor:
             records.append((plan, record))
         return records
 
-    def _refine(
-        self,
-        block: nn.Module,
-        calls: Sequence[Call],
-        streams: Streams,
-        leaving: Tensor,
-        prefix: str,
-    ) -> Refined | None:
+    def _refine(self, opened: OpenBlock, streams: Streams, leaving: Tensor) -> Refined | None:
         """All factors of a block together, the dense stream already behind it."""
-        error = BlockError(calls, streams.compressed, streams.dense, leaving)
-        name = prefix.removesuffix(".")
+        error = BlockError(opened.calls, streams.compressed, streams.dense, leaving)
+        name = opened.prefix.removesuffix(".")
         options, told = self.options, partial(self.progress.refining, name)
-        refined = refine(block, error, options.refine, options.seed, self.dtype, told)
+        refined = refine(opened.block, error, options.refine, options.seed, self.dtype, told)
         if refined is not None:
             self.progress.refined(name, refined)
         return refined
-
-    @staticmethod
-    def _advance_dense(
-        dense: nn.Module, block: nn.Module, calls: Sequence[Call], streams: Streams
-    ) -> None:
-        """Move the dense stream past the block."""
-        if not BlockCompressor._untouched(block):
-            streams.part()
-        for index, hidden in enumerate(streams.dense):
-            streams.dense[index] = run_calls(dense, calls, hidden)
 
 
 def _bundles(plans: Sequence[LayerPlan]) -> list[list[LayerPlan]]:

@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from blastnn.compress.block import LayerRecord, Streams
+from blastnn.compress.block import LayerRecord
 from blastnn.compress.fit import fit_layer
 from blastnn.compress.job import Job
 from blastnn.compress.moments import Moments, MomentSum
+from blastnn.compress.streams import Streams
 from blastnn.linear import StructuredLinear
 from blastnn.models.walk import StopForward, Trace, run_tail, stopped
 

@@ -25,7 +25,6 @@ from blastnn.compress.block import (
     BlockCompressor,
     BlockProgress,
     LayerRecord,
-    Streams,
 )
 from blastnn.compress.fit import fit_layer
 from blastnn.compress.job import window_length
@@ -37,6 +36,7 @@ from blastnn.compress.pruning import prune_plan
 from blastnn.compress.refine import require_windows
 from blastnn.compress.sharing import share_inputs
 from blastnn.compress.spectrum import measure_whole
+from blastnn.compress.streams import Streams
 from blastnn.errors import CalibrationError, PlanError
 from blastnn.evaluate.probe import probe_arguments
 from blastnn.linear import StructuredLinear

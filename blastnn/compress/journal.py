@@ -18,7 +18,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from blastnn.compress.block import LayerRecord, Streams
+from blastnn.compress.block import LayerRecord
+from blastnn.compress.streams import Streams
 from blastnn.errors import ResumeError
 from blastnn.files import read_json, remove_parts, write_json, write_tensors
 from blastnn.models.tensors import read_tensors

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from blastnn.checkpoint import StoredLayer
-from blastnn.compress.block import BlockCompressor, Streams
+from blastnn.compress.block import BlockCompressor
 from blastnn.compress.head import compress_head
 from blastnn.compress.job import Job
 from blastnn.compress.journal import Journal, Lock
 from blastnn.compress.measured import block_weight, forget, outputs_of, settle
 from blastnn.compress.memory_use import PeakMemory, give_memory_back
+from blastnn.compress.streams import Streams
 from blastnn.compress.writer import Writer
 from blastnn.errors import ResumeError
 from blastnn.evaluate.probe import digest
