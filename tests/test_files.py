@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 
 from blastnn.errors import CheckpointError
 from blastnn.files import PART, read_json, remove_parts, write_json, write_tensors, write_text
-from blastnn.models import gguf
+from blastnn.models import gguf, packages
 from blastnn.models.tensors import INDEX, SINGLE, TensorFolder, find_name
 
 TENSORS = {
@@ -322,3 +324,23 @@ def test_a_folder_that_two_processes_make_at_once_is_there_once(tmp_path, monkey
     assert (folder / "config.json").read_text() == "2"
     assert not any(staged.exists() for staged in made)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["gguf"]
+
+
+def test_files_of_a_package_join_those_unpacked_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLASTNN_CACHE", str(tmp_path / "cache"))
+    wheel = tmp_path / "made_up-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("first", "second"):
+            archive.writestr(f"made_up/{name}.txt", name)
+    fetched = []
+
+    def download(package: packages.Package, folder: Path, _: Any) -> Path:
+        fetched.append(package.name)
+        return Path(shutil.copy(wheel, folder))
+
+    monkeypatch.setattr(packages, "_download", download)
+    package = packages.Package("made-up", "1.0", "", "MIT")
+    for name in ("first", "second", "first"):
+        folder = packages.unpack(package, [f"made_up/{name}.txt"], lambda _: None)
+        assert (folder / f"made_up/{name}.txt").read_text() == name
+    assert len(fetched) == 2

