@@ -28,7 +28,7 @@ from blastnn.compress.block import (
 )
 from blastnn.compress.fit import fit_layer
 from blastnn.compress.job import window_length
-from blastnn.compress.measured import row_blocks
+from blastnn.compress.measured import row_blocks, to_measure_with
 from blastnn.compress.moments import Moments, MomentSum, refuse
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
@@ -211,8 +211,7 @@ def _measured(
     asked = (options.allocation, options.outputs, options.refine) != ("uniform", "equal", 0)
     if batches is None or not asked or options.keep >= 1.0:
         return plan, {}, {}
-    count = min(options.gradient_windows, len(batches))
-    chosen = [batches[index * len(batches) // count] for index in range(count)]
+    chosen = [batches[index] for index in to_measure_with(options, len(batches))]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
     found = measure_whole(

@@ -11,7 +11,6 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from blastnn.compress.allocate import allocate
@@ -90,12 +89,17 @@ def forget(journal: Journal) -> None:
     shutil.rmtree(journal.folder / MEASUREMENT, ignore_errors=True)
 
 
+def to_measure_with(options: Options, windows: int) -> list[int]:
+    """Which of so many windows of calibration text to measure with: spread evenly over them."""
+    count = min(options.gradient_windows, windows)
+    return [index * windows // count for index in range(count)]
+
+
 def measured_windows(job: Job) -> Tensor:
-    """The windows to measure with ``(windows, window)``: spread evenly over the calibration."""
+    """The windows to measure with ``(windows, window)``."""
     assert job.windows is not None
     ids = job.windows.ids
-    count = min(job.options.gradient_windows, len(ids))
-    return ids[torch.arange(count) * len(ids) // count]
+    return ids[to_measure_with(job.options, len(ids))]
 
 
 def row_blocks(layer: LayerPlan, options: Options) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blastnn.sweep.ledger import FINISHED, Ledger
-from blastnn.sweep.zero_shot import METRIC, accuracy
+from blastnn.sweep.zero_shot import METRIC, accuracy, share_of
 
 WAITING = "waiting"
 DASH = "-"
@@ -59,7 +59,7 @@ def _row(cell: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
         "vectors": [entry["vectors"] for entry in scores if "vectors" in entry],
         "excess": excess,
         "share": [
-            own / other if other > 0.0 else None
+            share_of(own, other)
             for own, other in zip(excess, against, strict=False)  # empty without a reference
         ],
         "accuracy": accuracy(cell.get("tasks"), reference.get("tasks")),

@@ -40,6 +40,11 @@ class ZeroShot:
         return {"scores": scores, "difference": compare_scores(self.dense, scores)}
 
 
+def share_of(lost: float, reference: float | None) -> float | None:
+    """What is lost as a share of what the reference method loses; None where that is nothing."""
+    return lost / reference if reference is not None and reference > 0.0 else None
+
+
 def accuracy(found: dict[str, Any] | None, reference: dict[str, Any] | None) -> dict[str, Any]:
     """What a row of the table has of a cell's result.
 
@@ -50,10 +55,10 @@ def accuracy(found: dict[str, Any] | None, reference: dict[str, Any] | None) -> 
     if not found:
         return {}
     change = found["difference"]["mean"][METRIC]
-    against = reference and -reference["difference"]["mean"][METRIC]["value"]
+    against = -reference["difference"]["mean"][METRIC]["value"] if reference else None
     return {
         "mean": found["scores"]["mean"][METRIC]["value"],
         "lost": 0.0 - change["value"],
         "stderr": change["stderr"],
-        "share": -change["value"] / against if against and against > 0.0 else None,
+        "share": share_of(-change["value"], against),
     }
