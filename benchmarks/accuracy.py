@@ -37,6 +37,7 @@ FAST = ("--preset", "fast", "--scored-tokens", "8192", "--keep", "0.8")
 OURS = ("blast-refined", "blast-own", "blast-uniform", "blast-equal", "blast-independent")
 STACKS = ("blast-stacked", "blast-apart", "whitened-svd", "joint-rank-k")
 TRAINING_MINUTES = 20
+ROWS = 300  # of each of the seven tasks
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,15 @@ def sweep(model: str, output: Path, methods: Sequence[str], *more: str) -> Step:
     return Step((*words, *repeated("method", methods), *more))
 
 
-def tasks_of(model: Path, file: Path) -> Step:
-    """The zero-shot tasks that are scored in full, dense and compressed, row by row."""
+def tasks_of(model: Path, root: Path) -> list[Step]:
+    """Zero-shot tasks, dense and compressed, row by row: two in full, and some rows of all seven."""
     words = ("-m", "blastnn", "evaluate", str(model), "--against", "demo", "--json")
-    return Step((*words, *repeated("task", ("piqa", "arc_easy"))), file)
+    in_full = (*words, *repeated("task", ("piqa", "arc_easy")))
+    of_all = (*words, "--task", "all", "--limit", str(ROWS))
+    return [
+        Step(in_full, root / f"tasks-{model.name}.json"),
+        Step(of_all, root / f"all-tasks-{model.name}.json"),
+    ]
 
 
 def chains(root: Path) -> dict[str, Chain]:
@@ -83,7 +89,7 @@ def chains(root: Path) -> dict[str, Chain]:
         "main": [
             sweep("demo", main, (*both, "blast-uniform"), "--keep", "0.8", "--keep-models"),
             sweep("demo", main, both, *repeated("keep", ("0.9", "0.5")), "--keep-models"),
-            *(tasks_of(models / f"{each}-0.8", root / f"tasks-{each}.json") for each in both),
+            *(step for each in both for step in tasks_of(models / f"{each}-0.8", root)),
         ],
         "ablation": [sweep("demo", root / "ablation", ("blast", *OURS, *STACKS), *FAST)],
         "tokens-65536": [_calibrated(root, "tokens-65536", "--tokens", "65536")],
