@@ -63,7 +63,7 @@ def sweep(model: str, output: Path, methods: Sequence[str], *more: str) -> Step:
 
 
 def tasks_of(model: Path, root: Path) -> list[Step]:
-    """Zero-shot tasks, dense and compressed, row by row: two in full, and some rows of all seven."""
+    """Zero-shot tasks, dense and compressed, row by row: two in full, of all seven some rows."""
     words = ("-m", "blastnn", "evaluate", str(model), "--against", "demo", "--json")
     in_full = (*words, *repeated("task", ("piqa", "arc_easy")))
     of_all = (*words, "--task", "all", "--limit", str(ROWS))
