@@ -87,10 +87,17 @@ GradientWindows = Annotated[
 ]
 Joint = Annotated[
     bool | None,
-    typer.Option("--joint", help="share the right factor of layers that read the same input"),
+    typer.Option(
+        "--joint",
+        help="share the right factor of layers that read the same input; goes with the same share "
+        "for every layer, and with layers that become slower",
+    ),
 ]
 Coupled = Annotated[
-    bool | None, typer.Option("--coupled", help="prune attention heads and MLP channels whole")
+    bool | None,
+    typer.Option(
+        "--coupled", help="prune attention heads and MLP channels whole (--structure channels)"
+    ),
 ]
 Strict = Annotated[
     bool | None,

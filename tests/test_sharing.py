@@ -340,6 +340,17 @@ def test_choices_that_do_not_go_together(changes: dict[str, Any], words: str) ->
         Options(**{**JOINT, **changes})
 
 
+@pytest.mark.parametrize("name", ["joint", "coupled"])
+def test_a_preset_brings_what_goes_with_it_along(name: str) -> None:
+    """On the command line, where ``plan`` has no option for it."""
+    options = Options.from_preset("default", **{name: True})
+    assert (options.allocation, options.allow_slower) == ("uniform", True)
+    assert options.structure == ("channels" if name == "coupled" else "blast")
+    with pytest.raises(PlanError, match=f"{name} goes with allocation uniform alone"):
+        Options.from_preset("default", **{name: True, "allocation": "measured"})
+    assert Options.from_preset("default", joint=False) == Options.from_preset("default")
+
+
 def test_models_without_such_layers() -> None:
     with pytest.raises(PlanError, match="nothing to share"):
         blastnn.compress(make_model("gpt2"), 0.6, **JOINT)

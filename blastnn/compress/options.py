@@ -151,6 +151,9 @@ class Options:
     def from_preset(cls, preset: str, **chosen: Any) -> Self:
         """The named preset with the given choices on top; None means not chosen.
 
+        ``joint`` and ``coupled`` bring the choices with them that they go with (``IMPLIED``), where
+        these are not made.
+
         A preset's block counts are meant for its own structure: with another one chosen, they are
         left to that structure.
 
@@ -160,6 +163,8 @@ class Options:
         if preset not in PRESETS:
             raise PlanError(f"unknown preset {preset!r}; choose from {sorted(PRESETS)}")
         given = {key: value for key, value in chosen.items() if value is not None}
+        for name, others in IMPLIED.items():
+            given = {**others, **given} if given.get(name) else given
         options = cls(**PRESETS[preset])
         if given.get("structure", options.structure) != options.structure:
             options = replace(options, blocks=None)
@@ -170,6 +175,17 @@ class Options:
         values = asdict(self)
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
+
+# What goes with layers compressed together, and with nothing else.
+IMPLIED: dict[str, dict[str, Any]] = {
+    "joint": {"allocation": "uniform", "allow_slower": True},
+    "coupled": {
+        "structure": "channels",
+        "inputs": "dense",
+        "allocation": "uniform",
+        "allow_slower": True,
+    },
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"blocks": (8, 8), "sweeps": 10, "tokens": 12288, "gradient_windows": 4},
