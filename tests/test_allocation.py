@@ -45,7 +45,10 @@ def layers_of(job: Job) -> list[dict[str, int | None]]:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(6, 10), (10, 6), (7, 7)])
-def test_a_spectrum_is_that_of_the_twice_weighted_matrix(rows: int, columns: int) -> None:
+@pytest.mark.parametrize("ridges", [(0.0, 0.0), (0.2, 0.0), (0.0, 0.7), (0.05, 0.3)])
+def test_a_spectrum_is_that_of_the_twice_weighted_matrix(
+    rows: int, columns: int, ridges: tuple[float, float]
+) -> None:
     torch.manual_seed(rows)
     layer = nn.Linear(columns, rows).requires_grad_(False)
     x, outer = torch.randn(3, 50, columns), torch.randn(3, 50, rows)
@@ -56,11 +59,13 @@ def test_a_spectrum_is_that_of_the_twice_weighted_matrix(rows: int, columns: int
     total.__exit__()
     flat, gradients = x.flatten(0, 1).double(), outer.flatten(0, 1).double()
     roots = []
-    for vectors in (gradients, flat):
-        values, basis = torch.linalg.eigh(vectors.mT @ vectors / len(vectors))
+    for vectors, ridge in ((gradients, ridges[1]), (flat, ridges[0])):
+        moment = vectors.mT @ vectors / len(vectors)
+        moment = moment + ridge * moment.diagonal().mean() * torch.eye(len(moment))
+        values, basis = torch.linalg.eigh(moment)
         roots.append(basis * values.clamp(min=0).sqrt() @ basis.mT)
     expected = torch.linalg.svdvals(roots[0] @ layer.weight.double() @ roots[1]).square()
-    found = torch.tensor(total.spectrum()).double()
+    found = torch.tensor(total.spectrum(*ridges)).double()
     torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-3, atol=1e-5)
 
 
@@ -73,7 +78,7 @@ def test_moments_that_are_singular_have_a_spectrum(rows: int, columns: int) -> N
     total = LayerSum(layer)
     with total:
         (layer(x) * torch.randn(2000, rows)).sum().backward()
-    spectrum = torch.tensor(total.spectrum())
+    spectrum = torch.tensor(total.spectrum(0.0, 0.0))
     assert bool((spectrum[:3] > 0).all())
     assert float(spectrum[3:].max()) < 1e-4 * float(spectrum[2])
 

@@ -5,7 +5,8 @@ To second order, a change ``E`` of a layer's weight ``A`` raises the model's los
 at its output. With the Kronecker-factored ``C = E[x x^T]`` and ``G = E[g g^T]`` (Martens and
 Grosse 2015) that is ``T/2 || G^(1/2) E C^(1/2) ||_F^2`` for ``T`` tokens, so the squared singular
 values of ``G^(1/2) A C^(1/2)``, the layer's *spectrum*, say what removing each direction costs,
-and are comparable between layers.
+and are comparable between layers. Both moments are damped first, by a multiple of their mean
+diagonal: few windows tell little of directions that they hardly use, and other text may use them.
 
 The loss is the Kullback-Leibler divergence from the dense model's own predictions, whose
 second moment of gradients is that of labels drawn from them (the true Fisher information). A model
@@ -29,6 +30,9 @@ from blastnn.models.linears import dense_weight
 from blastnn.models.walk import first_tensor
 
 Spectra = dict[str, list[float]]  # layer name -> falling squared singular values, nats per token
+
+# Added to the diagonals of ``C`` and ``G``, relative to their means.
+INPUT_RIDGE, GRADIENT_RIDGE = 0.05, 0.3
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class LayerSum:
         self._row_blocks, self._rows = row_blocks, self._weight.shape[0]
         self._diagonal: Tensor | None = None
         self._tokens = 0
+        self._input_power, self._gradient_power = 0.0, 0.0  # sums of the mean diagonals
         self.reached = False
 
     def __enter__(self) -> None:
@@ -110,11 +115,13 @@ class LayerSum:
         self._tokens += len(x)
         forward = x @ self._weight.mT if self._by_outputs else x
         self._forward += forward.mT @ forward
+        self._input_power += _mean_power(x)
 
         def hear(gradient: Tensor) -> None:
             g = gradient.float().reshape(-1, gradient.shape[-1])
             backward = g if self._by_outputs else g @ self._weight
             self._backward += backward.mT @ backward
+            self._gradient_power += _mean_power(g)
             if self._row_blocks is not None:
                 self._add_diagonal(g, self._row_blocks)
             self.reached = True
@@ -133,13 +140,30 @@ class LayerSum:
         """The blocks on the diagonal of ``G``, float32, where they were asked for."""
         return None if self._diagonal is None else (self._diagonal / self._tokens).float()
 
-    def spectrum(self) -> list[float]:
+    def spectrum(
+        self, input_ridge: float = INPUT_RIDGE, gradient_ridge: float = GRADIENT_RIDGE
+    ) -> list[float]:
         """Squared singular values of ``G^(1/2) A C^(1/2)``, falling: one similar to the product
         of the two moments is ``L^T M L`` with ``L L^T`` the one and ``M`` the other.
         """
-        root, other = root_of(self._forward / self._tokens), self._backward / self._tokens
+        more_inputs = input_ridge * self._input_power
+        more_gradients = gradient_ridge * self._gradient_power
+        weight = self._weight.double()
+        identity = torch.eye(len(self._forward)).double()
+        if self._by_outputs:
+            forward = self._forward + more_inputs * weight @ weight.mT
+            backward = self._backward + more_gradients * identity
+        else:
+            forward = self._forward + more_inputs * identity
+            backward = self._backward + more_gradients * weight.mT @ weight
+        root, other = root_of(forward / self._tokens), backward / self._tokens
         values = torch.linalg.eigvalsh(root.mT @ other @ root)
         return [float(value) for value in values.clamp(min=0.0).flip(0)]
+
+
+def _mean_power(vectors: Tensor) -> float:
+    """Of rows that are summed up, the mean square over columns."""
+    return float(vectors.double().square().sum()) / vectors.shape[1]
 
 
 def _with_gradient(output: Tensor) -> Tensor:
