@@ -144,6 +144,17 @@ def test_the_layer_that_matters_more_gets_more() -> None:
     assert sum(la.planned_params for la in plan.layers) <= two_layers().target_params[1]
 
 
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
+def test_no_layer_keeps_less_than_half_of_its_uniform_share(keep: float) -> None:
+    """However little one matters on the calibration's text, it may on other text."""
+    uniform = two_layers(keep)
+    spectra = {"a": [1e-9] * 256, "b": [1.0] * 256}
+    plan = allocate(uniform, spectra, Options(keep=keep, **PLANNED))
+    one_step = 256 * 256 / 64 + 8 * (256 + 256 + 4)  # of the sizes tried, and of the ranks
+    share = uniform.layers[0].planned_params
+    assert share / 2 - one_step <= plan.layers[0].planned_params < share
+
+
 def test_a_layer_that_must_be_whole_stays_dense_within_the_budget() -> None:
     plan = allocate(two_layers(0.7), {"a": [0.0] * 256, "b": [9.0] * 256}, Options(**PLANNED))
     a, b = plan.layers

@@ -23,7 +23,7 @@ from blastnn.structures import Structure
 # Squared error of a structure over that of low rank with as many parameters, data-aware, layers of
 # the demo model at 80% (docs/structures.md); what is not here is taken for low rank.
 AGAINST_LOW_RANK = {"blast": 0.35}
-LEAST = 0.2  # of a layer's parameters, whatever the prediction says
+LEAST = 0.5  # of a layer's uniform share, whatever the prediction says
 GRID = 64  # sizes that are tried, to a whole layer
 STEP = 8  # ranks are multiples of it: the vectors of a kernel are full
 
@@ -64,7 +64,8 @@ def _choices(layer: LayerPlan, spectrum: list[float], options: Options) -> list[
     factor = 0.5 * AGAINST_LOW_RANK.get(options.structure, 1.0)
     assert layer.spec is not None
     specs = {layer.spec}
-    for count in range(round(LEAST * GRID), GRID):
+    least = LEAST * layer.planned_params / layer.dense_params
+    for count in range(round(least * GRID), GRID):
         with suppress(PlanError):  # a size below the smallest rank is none to choose
             size = layer.dense_params * count // GRID
             spec, _ = worthwhile_spec(layer, options, size, STEP)
