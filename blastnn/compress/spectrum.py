@@ -145,6 +145,10 @@ class LayerSum:
     ) -> list[float]:
         """Squared singular values of ``G^(1/2) A C^(1/2)``, falling: one similar to the product
         of the two moments is ``L^T M L`` with ``L L^T`` the one and ``M`` the other.
+
+        Args:
+            input_ridge: added to the diagonal of ``C``, relative to its mean.
+            gradient_ridge: the same for ``G``.
         """
         more_inputs = input_ridge * self._input_power
         more_gradients = gradient_ridge * self._gradient_power
