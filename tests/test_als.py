@@ -14,12 +14,13 @@ from blastnn.factorize.als_free import FreeSweep
 from blastnn.factorize.als_state import (
     State,
     Sweeper,
-    descend_couplings,
     solve_rows,
 )
 from blastnn.factorize.als_weighted import WeightedSweep
 from blastnn.factorize.scratch import Scratch
 from blastnn.factorize.svd import approximate_low_rank, whitened_svd
+from blastnn.kernels import normal_equations
+from blastnn.kernels.normal_equations import descend
 from blastnn.structures import Blast
 from tests.matrices import independent_error, moment_of, normal
 
@@ -61,8 +62,8 @@ def gradients(
     return {name: f.grad for name, f in factors.items()}, float(value.detach())
 
 
-NO_RIDGE = torch.zeros(1, dtype=torch.float64)
-EXACT = torch.ones(1, dtype=torch.float64)
+NO_RIDGE = [0.0]
+EXACT = [1.0]
 
 
 @every_spec
@@ -83,11 +84,11 @@ def test_an_exact_sweep_ends_where_its_last_factor_has_no_gradient(spec, weighte
 def test_the_error_of_a_sweep_is_that_of_its_factors(spec, weighted):
     sweeper, state, moment = problem_of(spec, weighted)
     for omega in (1.0, 1.3):
-        swept, error = sweeper.sweep(state, EXACT * omega, NO_RIDGE)
+        swept, error = sweeper.sweep(state, [omega], NO_RIDGE)
         _, value = gradients(spec, sweeper, moment, swept)
         expected = (value / sweeper.problems[0].energy) ** 0.5
-        assert float(error) == pytest.approx(expected, rel=1e-9)
-        assert float(sweeper.error(swept)) == pytest.approx(expected, rel=1e-9)
+        assert error[0] == pytest.approx(expected, rel=1e-9)
+        assert sweeper.error(swept)[0] == pytest.approx(expected, rel=1e-9)
 
 
 @both_kinds
@@ -99,11 +100,11 @@ def test_the_error_of_a_sweep_is_that_of_its_factors(spec, weighted):
 )
 def test_a_sweep_never_raises_the_error(weighted, seed, spec, omega):
     sweeper, state, _ = problem_of(spec, weighted, seed)
-    before = float(sweeper.error(state))
+    before = sweeper.error(state)[0]
     for _ in range(3):
-        state, error = sweeper.sweep(state, EXACT * omega, NO_RIDGE)
-        assert float(error) <= before * (1 + 1e-9)
-        before = float(error)
+        state, error = sweeper.sweep(state, [omega], NO_RIDGE)
+        assert error[0] <= before * (1 + 1e-9)
+        before = error[0]
 
 
 @every_spec
@@ -190,7 +191,7 @@ def positive(*shape: int, seed: int = 0) -> Tensor:
 def test_rows_are_solved():
     G, right = positive(2, 3, 5, 5), normal(2, 3, 7, 5, seed=1)
     notes: list[list[str]] = [[], []]
-    solved = solve_rows(G, right, torch.zeros(2).double(), notes)
+    solved = solve_rows(G, right, [0.0, 0.0], notes)
     torch.testing.assert_close(solved @ G, right)
     assert notes == [[], []]
 
@@ -199,7 +200,7 @@ def test_an_indefinite_normal_matrix_is_lifted_and_noted():
     G = positive(2, 3, 5, 5)
     G[1, 2] -= 1.5 * torch.linalg.eigvalsh(G[1, 2])[0] * torch.eye(5)
     notes: list[list[str]] = [[], []]
-    solved = solve_rows(G, normal(2, 3, 7, 5), torch.zeros(2).double(), notes)
+    solved = solve_rows(G, normal(2, 3, 7, 5), [0.0, 0.0], notes)
     assert solved.isfinite().all()
     assert notes[0] == []
     assert "not positive definite" in notes[1][0]
@@ -208,22 +209,20 @@ def test_an_indefinite_normal_matrix_is_lifted_and_noted():
 def test_couplings_descend_to_the_solution():
     W, right, start = positive(3, 6, 6), normal(3, 6, seed=1), normal(3, 6, seed=2)
     exact = torch.linalg.solve(W, right)
-    torch.testing.assert_close(descend_couplings(W, right, start, 30), exact)
+    torch.testing.assert_close(descend(W, right, start, 30), exact)
 
     def objective(x: Tensor) -> Tensor:
         return 0.5 * torch.einsum("kr,krt,kt->k", x, W, x) - (x * right).sum(-1)
 
-    values = [objective(descend_couplings(W, right, start, steps)) for steps in range(5)]
+    values = [objective(descend(W, right, start, steps)) for steps in range(5)]
     assert all((b < a).all() for a, b in zip(values, values[1:], strict=False))
 
 
 def test_couplings_that_are_solved_already_stay():
     W, solution = positive(3, 6, 6), normal(3, 6, seed=2)
     right = (W @ solution[..., None])[..., 0]
-    torch.testing.assert_close(descend_couplings(W, right, solution, 4), solution)
-    assert (
-        descend_couplings(torch.zeros(2, 6, 6), torch.zeros(2, 6), torch.ones(2, 6), 4).eq(1).all()
-    )
+    torch.testing.assert_close(descend(W, right, solution, 4), solution)
+    assert descend(torch.zeros(2, 6, 6), torch.zeros(2, 6), torch.ones(2, 6), 4).eq(1).all()
 
 
 def test_weighted_gram_is_the_sum_it_says():
@@ -239,7 +238,7 @@ def test_an_indefinite_normal_matrix_of_a_single_block_is_noted_too():
     G = positive(2, 5, 5)
     G[1] -= 1.5 * torch.linalg.eigvalsh(G[1])[0] * torch.eye(5)
     notes: list[list[str]] = [[], []]
-    assert solve_rows(G, normal(2, 7, 5), torch.zeros(2).double(), notes).isfinite().all()
+    assert solve_rows(G, normal(2, 7, 5), [0.0, 0.0], notes).isfinite().all()
     assert notes[0] == []
     assert "not positive definite" in notes[1][0]
 
@@ -260,3 +259,77 @@ def test_a_problem_of_a_batch_does_not_see_the_others():
     alone = factorize(easy, spec, sweeps=60)
     together = factorize_many([easy, hard], spec, sweeps=60)[0]
     assert together.relative_error == pytest.approx(alone.relative_error, rel=1e-3, abs=1e-9)
+
+
+# Numbers on both sides of a block of the kernels, with every way of sharing rows out.
+SYSTEMS = [(1, 1, 1), (3, 5, 7), (2, 1, 33), (4, 49, 70), (1, 100, 96), (2, 130, 65), (5, 3, 300)]
+
+
+@pytest.mark.parametrize(("count", "rows", "r"), SYSTEMS, ids=str)
+def test_normal_equations_are_as_exact_as_torch_solves_them(count: int, rows: int, r: int):
+    G = positive(count, r, r).float()
+    right, lift = normal(count, rows, r, seed=1).float(), torch.rand(count)
+    exact_factor, _ = normal_equations.factor_plainly(G.double(), lift.double())
+    exact = normal_equations.solve_plainly(exact_factor, right.double())
+    factor, failed = normal_equations.factor(G, lift)
+    solved = normal_equations.solve_factored(factor, right)
+    plain = normal_equations.solve_plainly(normal_equations.factor_plainly(G, lift)[0], right)
+    assert not failed.any()
+    assert factor.triu(1).count_nonzero() == 0
+    torch.testing.assert_close(factor.double(), exact_factor, rtol=1e-5, atol=1e-5 * r**0.5)
+    # Of few numbers the plain error can be nothing by luck: so some roundings more.
+    allowed = 2.0 * (plain - exact).norm() + 4.0 * torch.finfo(torch.float32).eps * exact.norm()
+    assert (solved - exact).norm() <= allowed
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_matrices_without_a_factor_are_told_apart(bad: float):
+    G = positive(4, 80, 80).float()
+    G[2, 70, 70] = bad
+    _, failed = normal_equations.factor(G, torch.zeros(4))
+    assert failed.tolist() == [False, False, True, False]
+
+
+def test_normal_equations_do_not_depend_on_the_number_of_threads():
+    G, right = positive(3, 200, 200).float(), normal(3, 150, 200).float()
+    single = positive(1, 300, 300).float()
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            factor, _ = normal_equations.factor(G, torch.ones(3))
+            found.append(
+                [
+                    normal_equations.solve_factored(factor, right),
+                    normal_equations.factor(single, torch.ones(1))[0],
+                    normal_equations.descend_couplings(G[:, None], G[:, None], *coupled(3), 2),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def coupled(count: int) -> tuple[Tensor, Tensor]:
+    """Right sides and starts."""
+    return normal(count, 1, 1, 200).float(), normal(count, 1, 1, 200, seed=1).float()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("r", [1, 7, 16, 70])
+def test_all_couplings_descend_at_once_as_one_by_one(r: int, steps: int):
+    own, gram = positive(2, 3, r, r).float(), positive(2, 4, r, r, seed=1).float()
+    right, start = normal(2, 3, 4, r, seed=2).float(), normal(2, 3, 4, r, seed=3).float()
+    found = normal_equations.descend_couplings(own, gram, right, start, steps)
+    doubles = [tensor.double() for tensor in (own, gram, right, start)]
+    exact = normal_equations.descend_couplings(*doubles, steps)
+    plain = descend(own[:, :, None] * gram[:, None], right, start, steps)
+    assert (found - exact).norm() <= 2.0 * (plain - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_couplings_without_a_direction_stay():
+    zero = torch.zeros(1, 2, 20, 20)
+    start = normal(1, 2, 2, 20).float()
+    found = normal_equations.descend_couplings(zero, zero, torch.zeros(1, 2, 2, 20), start, 3)
+    assert torch.equal(found, start)

@@ -15,7 +15,8 @@ FLOORS = [
     {"version", "errors", "files", "dtypes"},
     {"structures", "models"},
     {"quantization"},
-    {"factorize", "kernels"},
+    {"kernels"},
+    {"factorize"},
     {"linear"},
     {"checkpoint"},
     {"integrations"},
@@ -26,10 +27,7 @@ FLOORS = [
     {"cli"},
     {"__main__", "__init__"},
 ]
-SEPARATE = {("models", "structures"), ("structures", "models")} | {
-    ("factorize", "kernels"),
-    ("kernels", "factorize"),
-}
+SEPARATE = {("models", "structures"), ("structures", "models")}
 
 
 def room_of(path: Path) -> str:

@@ -248,9 +248,9 @@ def test_autocast_is_followed():
 def forgetful(monkeypatch):
     """A session in which nothing has been compiled or chosen yet."""
     monkeypatch.setattr(dispatch, "_chosen", {})
-    native._failure.cache_clear()
+    native.failure.cache_clear()
     yield monkeypatch
-    native._failure.cache_clear()
+    native.failure.cache_clear()
 
 
 def test_without_a_compiler_plain_pytorch_serves_and_says_so_once(forgetful, caplog, tmp_path):

@@ -16,8 +16,10 @@ arithmetic is batched, which a GPU needs to be busy. Nothing here has run on a G
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,57 +77,68 @@ def solve_many(
     start = _spectral_start(problems, spec, seed)
     run = _Run(sweeper, start, clock)
     rounding = 10 * torch.finfo(start.U.dtype).eps
-    if bool((run.best_error > rounding).any()):
+    if any(error > rounding for error in run.best_error):
         run.iterate(_disturbed(start, schedule.coupling_noise, seed), schedule)
     return run.solutions(_balanced)
 
 
 class _Pace:
-    """How boldly each problem of a batch moves, learnt from its errors; every tensor is ``(k,)``.
+    """How boldly one problem moves, learnt from its errors.
+
+    Plain numbers: a tensor of one would cost a small matrix more than its arithmetic does.
 
     Attributes:
-        error: of the last accepted state; infinite before the first.
+        errors: of the accepted states, the last repeated for every sweep that was rejected;
+            infinite before the first.
+        momentum: how far to extrapolate beyond the last two states.
         caution: how often in a row the error rose. Once drops momentum, twice over-relaxation and
             ridge too; after a third time nothing is left to try.
-        landing: the last sweep is neither extrapolated nor over-relaxed.
     """
 
-    def __init__(self, schedule: Schedule, start_error: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, schedule: Schedule, start_error: float, dtype: torch.dtype) -> None:
         self.schedule, self.start_error, self.dtype = schedule, start_error, dtype
-        self.error = torch.full_like(start_error, torch.inf)
-        self.caution = torch.zeros_like(start_error, dtype=torch.int64)
-        self.landing = False
-        self._momentum = torch.zeros_like(start_error)
+        self.errors = [math.inf]
+        self.momentum, self.caution = 0.0, 0
 
     @property
-    def momentum(self) -> Tensor:
-        """How far to extrapolate beyond the last two states."""
-        return torch.zeros_like(self._momentum) if self.landing else self._momentum
-
-    @property
-    def omega(self) -> Tensor:
+    def omega(self) -> float:
         """The over-relaxation; what exceeds 1 shrinks with the error."""
-        tiny = torch.finfo(torch.float64).tiny
-        progress = (self.error / self.start_error.clamp(min=tiny)).clamp(max=1.0)
-        bold = 1.0 + (self.schedule.omega - 1.0) * progress
-        return torch.where((self.caution > 1) | self.landing, 1.0, bold)
+        if self.caution > 1:
+            return 1.0
+        progress = min(self.errors[-1] / max(self.start_error, sys.float_info.min), 1.0)
+        return 1.0 + (self.schedule.omega - 1.0) * progress
 
     @property
-    def ridge(self) -> Tensor:
+    def ridge(self) -> float:
         """Relative to the normal matrices' mean diagonals."""
-        usual = ridge_for(torch.minimum(self.error, self.start_error), self.dtype)
-        return torch.where(self.caution > 1, SMALLEST_RIDGE[self.dtype], usual)
+        if self.caution > 1:
+            return SMALLEST_RIDGE[self.dtype]
+        return ridge_for(min(self.errors[-1], self.start_error), self.dtype)
 
-    def learn(self, found: Tensor, active: Tensor) -> Tensor:
-        """Take note of the errors of a sweep; which of its states are accepted."""
-        better = active & (found < self.error)
-        grown = self._momentum + self.schedule.momentum_growth
-        grown = torch.where(self._momentum > 0.0, grown, self.schedule.momentum_start)
-        grown = grown.clamp(max=self.schedule.momentum_end)
-        self._momentum = torch.where(better & torch.isfinite(self.error), grown, 0.0)
-        self.caution = torch.where(better, 0, self.caution + 1)
-        self.error = torch.where(better, found, self.error)
+    def learn(self, found: float) -> bool:
+        """Take note of a sweep's error; whether its state is accepted."""
+        best, schedule = self.errors[-1], self.schedule
+        better = found < best
+        if not better or math.isinf(best):
+            self.momentum = 0.0
+        elif self.momentum > 0.0:
+            grown = self.momentum + schedule.momentum_growth
+            self.momentum = min(grown, schedule.momentum_end)
+        else:
+            self.momentum = schedule.momentum_start
+        self.caution = 0 if better else self.caution + 1
+        self.errors.append(found if better else best)
         return better
+
+    def verdict(self, window: int = 10) -> str | None:
+        """Why to stop, or None."""
+        if self.caution > 2:
+            return "converged: exact sweeps no longer descend"
+        if len(self.errors) > window + 1:
+            last = self.errors[-1]
+            if self.errors[-1 - window] - last <= self.schedule.tolerance * last:
+                return "converged: the error no longer falls"
+        return None
 
 
 class _Run:
@@ -133,60 +146,54 @@ class _Run:
 
     def __init__(self, sweeper: Sweeper, start: State, clock: float) -> None:
         self.sweeper, self.best, self.clock = sweeper, start, clock
-        self.best_error = self.start_error = sweeper.error(start)
+        self.start_error = sweeper.error(start)
+        self.best_error = list(self.start_error)
         self.history: list[list[tuple[float, float]]] = [[] for _ in self.best_error]
         self.status = ["kept the low-rank start"] * len(self.best_error)
-        self._record(torch.ones_like(self.best_error, dtype=torch.bool), self.best_error)
+        self._record(range(len(self.best_error)), self.best_error)
 
     def iterate(self, state: State, schedule: Schedule) -> None:
         """Sweep until every problem has converged or the sweeps are used up."""
-        pace = _Pace(schedule, self.start_error, state.U.dtype)
-        active = torch.ones_like(self.start_error, dtype=torch.bool)
-        previous = state
+        dtype, previous = state.U.dtype, state
+        paces = [_Pace(schedule, error, dtype) for error in self.start_error]
+        active = list(range(len(paces)))
         for sweep in range(schedule.sweeps):
-            pace.landing = sweep == schedule.sweeps - 1
-            start = state.extrapolate(previous, pace.momentum)
-            candidate, found = self.sweeper.sweep(start, pace.omega, pace.ridge)
-            better = pace.learn(found, active)
+            landing = sweep == schedule.sweeps - 1
+            start = state.extrapolate(previous, [0.0 if landing else p.momentum for p in paces])
+            omega = [1.0 if landing else pace.omega for pace in paces]
+            candidate, errors = self.sweeper.sweep(start, omega, [pace.ridge for pace in paces])
+            better = [False] * len(paces)
+            for index in active:
+                better[index] = paces[index].learn(errors[index])
             previous, state = state.where(better, previous), candidate.where(better, state)
-            self._keep(state, pace.error)
-            self._record(active, torch.where(pace.error.isfinite(), pace.error, self.best_error))
-            active &= self._goes_on(active, pace.caution, schedule.tolerance)
-            if not bool(active.any()):
+            self._keep(state, [pace.errors[-1] for pace in paces])
+            self._record(active, [pace.errors[-1] for pace in paces])
+            active = [index for index in active if not self._ends(index, paces[index].verdict())]
+            if not active:
                 return
-        self._finish(active, f"ran its {schedule.sweeps} sweeps")
+        for index in active:
+            self._ends(index, f"ran its {schedule.sweeps} sweeps")
 
-    def _goes_on(
-        self, active: Tensor, caution: Tensor, tolerance: float, window: int = 10
-    ) -> Tensor:
-        """Which problems have not converged; sets the status of those that have."""
-        stuck = active & (caution > 2)
-        self._finish(stuck, "converged: exact sweeps no longer descend")
-        errors = [[error for _, error in history[1:]] for history in self.history]
-        stalled = torch.tensor(
-            [len(e) > window and e[-1 - window] - e[-1] <= tolerance * e[-1] for e in errors]
-        )
-        self._finish(active & stalled & ~stuck, "converged: the error no longer falls")
-        return ~(stuck | stalled)
-
-    def _keep(self, state: State, error: Tensor) -> None:
-        better = error < self.best_error
+    def _keep(self, state: State, errors: Sequence[float]) -> None:
+        better = [new < old for new, old in zip(errors, self.best_error, strict=True)]
         self.best = state.where(better, self.best)
-        self.best_error = torch.where(better, error, self.best_error)
+        self.best_error = [min(pair) for pair in zip(errors, self.best_error, strict=True)]
 
-    def _record(self, active: Tensor, error: Tensor) -> None:
+    def _record(self, active: Iterable[int], errors: Sequence[float]) -> None:
         seconds = time.perf_counter() - self.clock
-        for index, (on, value) in enumerate(zip(active.tolist(), error.tolist(), strict=True)):
-            if on:
-                self.history[index].append((seconds, value))
+        for index in active:
+            known = errors[index] if math.isfinite(errors[index]) else self.best_error[index]
+            self.history[index].append((seconds, known))
 
-    def _finish(self, which: Tensor, text: str) -> None:
-        for index in which.nonzero().flatten().tolist():
+    def _ends(self, index: int, verdict: str | None) -> bool:
+        """Whether there is a verdict on a problem; if so it becomes its status."""
+        if verdict is not None:
             kept = "; kept the low-rank start" if self._start_is_best(index) else ""
-            self.status[index] = text + kept
+            self.status[index] = verdict + kept
+        return verdict is not None
 
     def _start_is_best(self, index: int) -> bool:
-        return float(self.best_error[index]) >= self.history[index][0][1]
+        return self.best_error[index] >= self.start_error[index]
 
     def solutions(self, finish: Callable[[State], State]) -> list[Solution]:
         """The best factors of each problem."""

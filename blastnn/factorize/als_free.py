@@ -16,13 +16,13 @@ from torch import Tensor
 from blastnn.factorize.als_state import (
     State,
     Sweeper,
-    descend_couplings,
     solve_rows,
     step,
 )
 from blastnn.factorize.blocks import padded_rows
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.scratch import Scratch, chunks
+from blastnn.kernels.normal_equations import descend_couplings
 from blastnn.structures import Blast
 
 COUPLING_STEPS = 2
@@ -42,14 +42,18 @@ class FreeSweep(Sweeper):
         if self.wide:
             self.rows = self.rows.flatten(1, 2).mT.contiguous().view(-1, b2, q, b1 * p)
 
-    def sweep(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[State, Tensor]:
-        """``U``, ``S`` and ``V`` in turn; the new states and their relative errors ``(k,)``."""
+    def sweep(
+        self, state: State, omega: Sequence[float], ridge: Sequence[float]
+    ) -> tuple[State, list[float]]:
+        """``U``, ``S`` and ``V`` in turn; the new states and their relative errors."""
         inner = state.flipped() if self.wide else state
         inner, fitted = self._sweep(inner, omega, ridge)
         result = inner.flipped() if self.wide else inner
         return result, self.errors_from(fitted, result)
 
-    def _sweep(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[State, Tensor]:
+    def _sweep(
+        self, state: State, omega: Sequence[float], ridge: Sequence[float]
+    ) -> tuple[State, Tensor]:
         U, S, V = torch.empty_like(state.U), torch.empty_like(state.S), state.V
         gram = V.mT @ V  # (k, j, r, t)
         right, normal = torch.zeros_like(V), torch.zeros_like(gram)
@@ -68,7 +72,12 @@ class FreeSweep(Sweeper):
         return State(U, S, V), ((V @ normal - 2 * right) * V).sum((1, 2, 3), dtype=torch.float64)
 
     def _left(
-        self, state: State, rows: slice, gram: Tensor, omega: Tensor, ridge: Tensor
+        self,
+        state: State,
+        rows: slice,
+        gram: Tensor,
+        omega: Sequence[float],
+        ridge: Sequence[float],
     ) -> Tensor:
         """``U_i G_i = R_i`` with ``R_i = A_i [s_ij V_j]_j`` and ``G_i = sum_j s s^T * gram_j``."""
         S = state.S[:, rows]
@@ -78,10 +87,15 @@ class FreeSweep(Sweeper):
         return step(state.U[:, rows], new, omega)
 
     def _couplings(
-        self, state: State, rows: slice, own: Tensor, gram: Tensor, products: Tensor, omega: Tensor
+        self,
+        state: State,
+        rows: slice,
+        own: Tensor,
+        gram: Tensor,
+        products: Tensor,
+        omega: Sequence[float],
     ) -> Tensor:
         """``(U_i^T U_i * V_j^T V_j) s_ij = diag(U_i^T A_ij V_j)``."""
         right = self.scratch.product("seen", products, state.V[:, None]).sum(3)  # (k, i, j, r)
-        W = self.scratch.product("W", own[:, :, None], gram[:, None])
         start = state.S[:, rows]
-        return step(start, descend_couplings(W, right, start, COUPLING_STEPS), omega)
+        return step(start, descend_couplings(own, gram, right, start, COUPLING_STEPS), omega)

@@ -6,6 +6,7 @@ Every tensor has a leading batch dimension ``k`` of independent problems with on
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blastnn.factorize.problem import Problem
+from blastnn.kernels import normal_equations
 from blastnn.structures import Blast
 
 # Added to normal matrices, relative to their mean diagonal: this share of the squared relative
@@ -37,17 +39,21 @@ class State:
         """The three factors."""
         return self.U, self.S, self.V
 
-    def extrapolate(self, previous: State, momentum: Tensor) -> State:
-        """``self + momentum (self - previous)``, with a momentum ``(k,)`` for each problem."""
-        weight = -momentum[:, None, None, None].to(self.U)
+    def extrapolate(self, previous: State, momentum: Sequence[float]) -> State:
+        """``self + momentum (self - previous)``, with a momentum for each problem."""
+        if not any(momentum):
+            return self
+        weight = per_problem([-each for each in momentum], self.U)
         pairs = zip(self.tensors(), previous.tensors(), strict=True)
         return State(*(torch.lerp(new, old, weight) for new, old in pairs))
 
-    def where(self, chosen: Tensor, other: State) -> State:
-        """This state for the ``chosen`` problems, a bool mask ``(k,)``; ``other`` elsewhere."""
-        if bool(chosen.all()):
+    def where(self, chosen: Sequence[bool], other: State) -> State:
+        """This state for the ``chosen`` problems; ``other`` elsewhere."""
+        if all(chosen):
             return self
-        mask = chosen[:, None, None, None].to(self.U.device)
+        if not any(chosen):
+            return other
+        mask = torch.tensor(chosen, device=self.U.device)[:, None, None, None]
         pairs = zip(self.tensors(), other.tensors(), strict=True)
         return State(*(torch.where(mask, mine, theirs) for mine, theirs in pairs))
 
@@ -74,114 +80,79 @@ class Sweeper(ABC):
     def __init__(self, problems: Sequence[Problem], spec: Blast) -> None:
         self.problems, self.spec = problems, spec
         self.notes: list[list[str]] = [[] for _ in problems]
-        self.energy = torch.tensor([problem.energy for problem in problems], dtype=torch.float64)
+        self.energy = [problem.energy for problem in problems]
 
     @abstractmethod
-    def sweep(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[State, Tensor]:
-        """One pass with steps ``omega (k,)`` times the exact ones; states and errors ``(k,)``."""
+    def sweep(
+        self, state: State, omega: Sequence[float], ridge: Sequence[float]
+    ) -> tuple[State, list[float]]:
+        """One pass over all unknowns; the states and their relative errors.
 
-    def error(self, state: State) -> Tensor:
-        """Relative errors ``(k,)`` from the residuals, float64."""
-        found = []
-        for index, problem in enumerate(self.problems):
-            factors = {name: f.double() for name, f in state.one(index).items()}
-            found.append(problem.objective_error(self.spec.to_dense(factors)))
-        return torch.tensor(found, dtype=torch.float64)
+        ``omega``: how far to go, in exact steps; ``ridge``: relative to the normal matrices' mean
+        diagonal. One of each a problem.
+        """
 
-    def errors_from(self, fitted: Tensor, state: State) -> Tensor:
-        """Relative errors ``(k,)`` from ``|| A^ L ||^2 - 2 <A C, A^>``, unless it has cancelled."""
-        squared = 1.0 + fitted.cpu() / self.energy
-        cancelled = squared < CANCELLATION[state.U.dtype]
-        errors = squared.clamp(min=0.0).sqrt()
-        if bool(cancelled.any()):
-            errors = torch.where(cancelled, self.error(state), errors)
+    def error(self, state: State) -> list[float]:
+        """Relative errors from the residuals, in float64."""
+        return [self._error_of(state, index) for index in range(len(self.problems))]
+
+    def _error_of(self, state: State, index: int) -> float:
+        factors = {name: factor.double() for name, factor in state.one(index).items()}
+        return self.problems[index].objective_error(self.spec.to_dense(factors))
+
+    def errors_from(self, fitted: Tensor, state: State) -> list[float]:
+        """Relative errors from ``|| A^ L ||^2 - 2 <A C, A^>``, unless it has cancelled."""
+        errors = []
+        for index, value in enumerate(fitted.tolist()):
+            squared = 1.0 + value / self.energy[index]
+            cancelled = squared < CANCELLATION[state.U.dtype]
+            errors.append(self._error_of(state, index) if cancelled else math.sqrt(squared))
         return errors
 
 
-def ridge_for(errors: Tensor, dtype: torch.dtype) -> Tensor:
-    """The relative ridge ``(k,)`` that goes with relative errors ``(k,)``."""
-    return (RIDGE_PER_SQUARED_ERROR * errors.square()).clamp(min=SMALLEST_RIDGE[dtype])
+def ridge_for(error: float, dtype: torch.dtype) -> float:
+    """The relative ridge that goes with a relative error."""
+    return max(RIDGE_PER_SQUARED_ERROR * error * error, SMALLEST_RIDGE[dtype])
 
 
-def step(old: Tensor, exact: Tensor, omega: Tensor) -> Tensor:
-    """``old + omega (exact - old)``, with an ``omega (k,)`` for each problem."""
-    return torch.lerp(old, exact, omega.to(old).view(-1, *[1] * (old.ndim - 1)))
+def per_problem(values: Sequence[float], like: Tensor) -> Tensor:
+    """A number for each problem, to be multiplied with ``like (k, ...)``."""
+    return like.new_tensor(values).view(-1, *[1] * (like.ndim - 1))
 
 
-def solve_rows(G: Tensor, right: Tensor, ridge: Tensor, notes: list[list[str]]) -> Tensor:
+def step(old: Tensor, exact: Tensor, omega: Sequence[float]) -> Tensor:
+    """``old + omega (exact - old)``, with an ``omega`` for each problem."""
+    return torch.lerp(old, exact, per_problem(omega, old))
+
+
+def solve_rows(G: Tensor, right: Tensor, ridge: Sequence[float], notes: list[list[str]]) -> Tensor:
     """``right G^-1`` for symmetric positive semidefinite ``G (k, ..., r, r)``, by rows.
 
     A matrix that is not positive definite in spite of the ridge gets a larger one, and a note.
     """
-    diagonal = G.diagonal(dim1=-2, dim2=-1)
-    lift = diagonal.mean(-1) * ridge.to(G).view(-1, *[1] * (G.ndim - 3))
-    lift += torch.finfo(G.dtype).tiny
-    factor, info = torch.linalg.cholesky_ex(_shifted(G, lift))
-    failed = info != 0
+    mean = G.diagonal(dim1=-2, dim2=-1).mean(-1)
+    tiny = torch.finfo(G.dtype).tiny
+    lift = mean * per_problem(ridge, mean) + tiny
+    factor, failed = normal_equations.factor(G, lift)
     for larger in (1e-4, 1e-2, 1.0):
         if not bool(failed.any()):
             break
         _note(notes, failed, f"a normal matrix was not positive definite: ridge {larger:g}")
-        lift = torch.where(failed, larger * diagonal.mean(-1) + torch.finfo(G.dtype).tiny, lift)
-        factor, info = torch.linalg.cholesky_ex(_shifted(G, lift))
-        failed = info != 0
-    solved = solve_factored(factor, right)
-    sharp = ridge <= SMALLEST_RIDGE[G.dtype]
-    if bool(sharp.any()):
+        lift = torch.where(failed, larger * mean + tiny, lift)
+        factor, failed = normal_equations.factor(G, lift)
+    solved = normal_equations.solve_factored(factor, right)
+    sharp = [each <= SMALLEST_RIDGE[G.dtype] for each in ridge]
+    if any(sharp):
         # Close to a solution the ridge's bias would be all that is left: take it out once.
-        refined = solved + solve_factored(factor, right - solved @ G)
-        chosen = sharp.to(G.device).view(-1, *[1] * (G.ndim - 1))
+        refined = solved + normal_equations.solve_factored(factor, right - solved @ G)
+        if all(sharp):
+            return refined
+        chosen = torch.tensor(sharp, device=G.device).view(-1, *[1] * (G.ndim - 1))
         solved = torch.where(chosen, refined, solved)
     return solved
-
-
-def solve_factored(factor: Tensor, right: Tensor) -> Tensor:
-    """``right (L L^T)^-1`` by rows, for a Cholesky factor ``L``.
-
-    Two triangular solves from the left on the transpose, which is LAPACK's layout without a copy,
-    are more than twice as fast as ``cholesky_solve``, and for few rows ten times as fast as
-    solves from the right.
-    """
-    first = torch.linalg.solve_triangular(factor, right.mT, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, first, upper=True).mT
-
-
-def _shifted(G: Tensor, lift: Tensor) -> Tensor:
-    shifted = G.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(lift[..., None])
-    return shifted
 
 
 def _note(notes: list[list[str]], failed: Tensor, text: str) -> None:
     for index in failed.reshape(len(notes), -1).any(1).nonzero().flatten().tolist():
         if text not in notes[index]:
             notes[index].append(text)
-
-
-def descend_couplings(W: Tensor, right: Tensor, start: Tensor, steps: int) -> Tensor:
-    """``steps`` of conjugate gradients for ``W s = right`` from ``start``, Jacobi-preconditioned.
-
-    ``W (..., r, r)``, the others ``(..., r)``. Every step descends, whatever ``W``'s condition.
-    """
-    tiny = torch.finfo(W.dtype).tiny
-    scale = 1.0 / W.diagonal(dim1=-2, dim2=-1).clamp(min=tiny)
-    x, residual = start, right - _times(W, start)
-    z = scale * residual
-    direction, inner = z, (residual * z).sum(-1, keepdim=True)
-    for count in range(1, steps + 1):
-        product = _times(W, direction)
-        curvature = (direction * product).sum(-1, keepdim=True)
-        length = torch.where(curvature > tiny, inner / curvature.clamp(min=tiny), 0.0)
-        x = x + length * direction
-        if count < steps:
-            residual = residual - length * product
-            z = scale * residual
-            new = (residual * z).sum(-1, keepdim=True)
-            direction = z + torch.where(inner > tiny, new / inner.clamp(min=tiny), 0.0) * direction
-            inner = new
-    return x
-
-
-def _times(W: Tensor, vector: Tensor) -> Tensor:
-    """``W vector`` for symmetric ``W``, as a row: eight times as fast in a batch on a CPU."""
-    return (vector[..., None, :] @ W)[..., 0, :]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blastnn.factorize.als_state import State, Sweeper, solve_rows, step
+from blastnn.factorize.als_state import State, Sweeper, per_problem, solve_rows, step
 from blastnn.factorize.blocks import split_blocks, split_moment
 from blastnn.factorize.problem import Problem
 from blastnn.structures import Blast
@@ -51,8 +51,10 @@ class WeightedSweep(Sweeper):
         by_column = target.transpose(0, 1).reshape(b2, -1, q)
         return by_column.to(dtype).contiguous(), pairs.to(dtype), inverse.to(dtype)
 
-    def sweep(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[State, Tensor]:
-        """``V``, ``S`` and ``U`` in turn; the new states and their relative errors ``(k,)``."""
+    def sweep(
+        self, state: State, omega: Sequence[float], ridge: Sequence[float]
+    ) -> tuple[State, list[float]]:
+        """``V``, ``S`` and ``U`` in turn; the new states and their relative errors."""
         V, moved = self._right(state, omega, ridge)
         gram = state.U.mT @ state.U  # (k, i, r, t)
         projected = (self.target @ V).unflatten(2, state.U.shape[1:3])  # Y_ij V_j: (k, j, i, p, r)
@@ -65,7 +67,9 @@ class WeightedSweep(Sweeper):
         result = State(U, S, V)
         return result, self.errors_from(fitted, result)
 
-    def _right(self, state: State, omega: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    def _right(
+        self, state: State, omega: Sequence[float], ridge: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
         """New ``V`` and the products ``C_jc V_c`` as ``(k, j, q, c, r)``."""
         U, S, V = state.U, state.S, state.V.clone()
         gram = (U.mT @ U).transpose(1, 2)  # (k, r, i, t)
@@ -88,8 +92,8 @@ class WeightedSweep(Sweeper):
         gram: Tensor,
         projected: Tensor,
         products: _Products,
-        omega: Tensor,
-        ridge: Tensor,
+        omega: Sequence[float],
+        ridge: Sequence[float],
     ) -> Tensor:
         """``s_ij``, block column by block column, each exact given the others."""
         S, by_rank = state.S.clone(), gram.transpose(1, 2)  # (k, t, i, r), symmetric in r and t
@@ -98,7 +102,7 @@ class WeightedSweep(Sweeper):
             explained = S.permute(0, 3, 1, 2).contiguous() @ M.transpose(1, 2)  # (k, t, i, r)
             gap = (projected[:, j] * state.U).sum(2) - (explained * by_rank).sum(1)  # (k, i, r)
             change = solve_rows(gram * M[:, None, j], gap[:, :, None], ridge, self.notes)
-            S[:, :, j] += change[:, :, 0] * omega.to(S)[:, None, None]
+            S[:, :, j] += change[:, :, 0] * per_problem(omega, change[:, :, 0])
         return S
 
     @staticmethod

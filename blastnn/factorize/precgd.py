@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blastnn.factorize.als_state import solve_factored
 from blastnn.factorize.descent import EPSILON, descend
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
+from blastnn.kernels.normal_equations import solve_plainly
 from blastnn.structures import Blast, Structure
 
 STRUCTURES = (Blast,)
@@ -60,4 +60,4 @@ def _solve(G: Tensor, delta: float, gradient: Tensor) -> Tensor:
         # A singular normal matrix at a vanishing delta: the minimum-norm step is the limit.
         inverse = torch.linalg.pinv(shifted.double(), hermitian=True, rtol=1e-12)
         return (gradient.double() @ inverse).to(gradient)
-    return solve_factored(factor, gradient)
+    return solve_plainly(factor, gradient)

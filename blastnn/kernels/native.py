@@ -50,7 +50,7 @@ def obstacle(spec: Structure, device: str, dtype: torch.dtype) -> str | None:
         return f"it runs on CPUs, not on {device}"
     if dtype not in DTYPES:
         return f"it computes in float32 and bfloat16, not in {dtype}"
-    return _failure()
+    return failure()
 
 
 def matmul(spec: Structure, x: Tensor, factors: Factors) -> Tensor:
@@ -107,7 +107,7 @@ def quantized_matmul(
 
 
 @cache
-def _failure() -> str | None:
+def failure() -> str | None:
     """Compile, load and register, once a session; the reason, logged once, where that fails."""
     try:
         torch.ops.load_library(library())

@@ -5,7 +5,9 @@
 #include <torch/library.h>
 
 #include "block_low_rank.h"
+#include "couplings.h"
 #include "quantized.h"
+#include "solve.h"
 
 namespace {
 
@@ -186,6 +188,65 @@ at::Tensor blocks(const at::Tensor& x, const at::Tensor& U, const at::Tensor& V,
   return y;
 }
 
+// The Cholesky factors L of gram (..., r, r) + lift (...) I, and for which there is none.
+std::tuple<at::Tensor, at::Tensor> factor(const at::Tensor& gram, const at::Tensor& lift) {
+  int64_t dims = gram.dim();
+  TORCH_CHECK(dims >= 2 && gram.size(-1) == gram.size(-2) &&
+                  gram.sizes().slice(0, dims - 2) == lift.sizes() &&
+                  gram.scalar_type() == at::kFloat && lift.scalar_type() == at::kFloat,
+              "blastnn::factor: the matrices and what is added to them do not fit together");
+  at::Tensor gs = gram.contiguous(), ls = lift.contiguous();
+  at::Tensor lower = at::empty(gs.sizes(), gs.options());
+  at::Tensor failed = at::empty(ls.sizes(), ls.options().dtype(at::kBool));
+  if (!lower.numel()) return {lower, failed.zero_()};
+  int64_t count = lift.numel(), r = gram.size(-1);
+  Grams grams{count, r, pointer<float>(gs), pointer<float>(ls),
+              static_cast<float*>(lower.mutable_data_ptr()),
+              static_cast<bool*>(failed.mutable_data_ptr())};
+  factor_grams(grams, threads_for(count * r * r * r / 6));
+  return {lower, failed};
+}
+
+// right (L L^T)^-1 by rows: lower L (..., r, r), right (..., rows, r).
+at::Tensor solve_factored(const at::Tensor& lower, const at::Tensor& right) {
+  int64_t dims = lower.dim(), r = right.size(-1);
+  TORCH_CHECK(dims >= 2 && right.dim() == dims && lower.size(-1) == r && lower.size(-2) == r &&
+                  lower.sizes().slice(0, dims - 2) == right.sizes().slice(0, dims - 2) &&
+                  lower.scalar_type() == at::kFloat && right.scalar_type() == at::kFloat,
+              "blastnn::solve_factored: the factor and the right side do not fit together");
+  at::Tensor ls = lower.contiguous(), rs = right.contiguous();
+  at::Tensor x = at::empty(rs.sizes(), rs.options());
+  if (!x.numel()) return x;
+  int64_t rows = right.size(-2), count = x.numel() / (rows * r);
+  Systems systems{count, rows, r, pointer<float>(ls), pointer<float>(rs),
+                  static_cast<float*>(x.mutable_data_ptr())};
+  solve_systems(systems, threads_for(count * rows * r * r));
+  return x;
+}
+
+// own (k, b1, r, r), gram (k, b2, r, r), right and start (k, b1, b2, r).
+at::Tensor descend_couplings(const at::Tensor& own, const at::Tensor& gram, const at::Tensor& right,
+                             const at::Tensor& start, int64_t steps) {
+  bool fits = own.dim() == 4 && gram.dim() == 4 && right.sizes() == start.sizes();
+  for (const at::Tensor& tensor : {own, gram, right, start})
+    fits = fits && tensor.scalar_type() == at::kFloat;
+  if (fits) {
+    int64_t k = own.size(0), r = own.size(3);
+    fits = own.size(2) == r && gram.sizes() == at::IntArrayRef{k, gram.size(1), r, r} &&
+           right.sizes() == at::IntArrayRef{k, own.size(1), gram.size(1), r};
+  }
+  TORCH_CHECK(fits, "blastnn::descend_couplings: the Gram matrices and couplings do not fit together");
+  at::Tensor os = own.contiguous(), gs = gram.contiguous(), rs = right.contiguous(),
+             ss = start.contiguous();
+  at::Tensor s = at::empty(rs.sizes(), rs.options());
+  if (!s.numel()) return s;
+  Couplings couplings{own.size(0), own.size(1), gram.size(1), own.size(3), int(steps),
+                      pointer<float>(os), pointer<float>(gs), pointer<float>(rs),
+                      pointer<float>(ss), static_cast<float*>(s.mutable_data_ptr())};
+  descend_all(couplings, threads_for(s.numel() * own.size(3) * (steps + 1)));
+  return s;
+}
+
 }  // namespace
 
 // `blast` gets its gradients in Python, which costs microseconds a call even where nobody wants any.
@@ -202,6 +263,10 @@ TORCH_LIBRARY(blastnn, library) {
   library.def(
       "quantized_into(Tensor x, Tensor U, Tensor U_scale, Tensor? S, Tensor V, Tensor V_scale, "
       "int bits, int group, Tensor(a!) y) -> ()");
+  library.def("factor(Tensor gram, Tensor lift) -> (Tensor, Tensor)");
+  library.def("solve_factored(Tensor lower, Tensor right) -> Tensor");
+  library.def(
+      "descend_couplings(Tensor own, Tensor gram, Tensor right, Tensor start, int steps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
@@ -212,4 +277,7 @@ TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
   library.impl("blast_into", &blast_into);
   library.impl("blocks_into", &blocks_into);
   library.impl("quantized_into", &quantized_into);
+  library.impl("factor", &factor);
+  library.impl("solve_factored", &solve_factored);
+  library.impl("descend_couplings", &descend_couplings);
 }

@@ -1,0 +1,89 @@
+// Conjugate gradients for all couplings of a sweep: W s = b with W = own_i * gram_j, elementwise, for
+// every pair of a block row i and a block column j. W is never written down.
+#pragma once
+
+#include <limits>
+
+#include "product.h"
+
+struct Couplings {
+  long problems, b1, b2, r;
+  int steps;
+  const float* own;    // (problems, b1, r, r), symmetric
+  const float* gram;   // (problems, b2, r, r), symmetric
+  const float* right;  // (problems, b1, b2, r)
+  const float* start;  // (problems, b1, b2, r)
+  float* s;            // (problems, b1, b2, r)
+};
+
+inline float sum_of(Vec lanes) {
+  float total = 0.0f;
+  for (int k = 0; k < W; ++k) total += lanes[k];
+  return total;
+}
+
+inline float dot(const float* a, const float* b, long r) {
+  Vec lanes{};
+  float rest = 0.0f;
+  long k = 0;
+  for (; k + W <= r; k += W) add(lanes, load(a + k), load(b + k));
+  for (; k < r; ++k) add(rest, a[k], b[k]);
+  return sum_of(lanes) + rest;
+}
+
+// y = (own * gram) x
+inline void times(const float* own, const float* gram, const float* x, float* y, long r) {
+  for (long t = 0; t < r; ++t, own += r, gram += r) {
+    Vec even{}, odd{};
+    float rest = 0.0f;
+    long k = 0;
+    for (; k + 2 * W <= r; k += 2 * W) {
+      add(even, load(own + k) * load(gram + k), load(x + k));
+      add(odd, load(own + k + W) * load(gram + k + W), load(x + k + W));
+    }
+    for (; k + W <= r; k += W) add(even, load(own + k) * load(gram + k), load(x + k));
+    for (; k < r; ++k) add(rest, own[k] * gram[k], x[k]);
+    y[t] = sum_of(even + odd) + rest;
+  }
+}
+
+// One pair, preconditioned with the diagonal, as `descend_couplings` in als_state.py; `memory` is 5 r.
+inline void descend(const Couplings& a, long pair, float* memory) {
+  constexpr float tiny = std::numeric_limits<float>::min();
+  long r = a.r, row = pair / a.b2, problem = row / a.b1;
+  const float* own = a.own + row * r * r;
+  const float* gram = a.gram + (problem * a.b2 + pair % a.b2) * r * r;
+  float *scale = memory, *residual = memory + r, *z = memory + 2 * r, *direction = memory + 3 * r,
+        *product = memory + 4 * r, *x = a.s + pair * r;
+  std::copy_n(a.start + pair * r, r, x);
+  times(own, gram, x, product, r);
+  for (long k = 0; k < r; ++k) {
+    scale[k] = 1.0f / std::max(own[k * r + k] * gram[k * r + k], tiny);
+    residual[k] = a.right[pair * r + k] - product[k];
+    direction[k] = z[k] = scale[k] * residual[k];
+  }
+  float inner = dot(residual, z, r);
+  for (int count = 1; count <= a.steps; ++count) {
+    times(own, gram, direction, product, r);
+    float curvature = dot(direction, product, r);
+    float length = curvature > tiny ? inner / curvature : 0.0f;
+    for (long k = 0; k < r; ++k) add(x[k], length, direction[k]);
+    if (count == a.steps) break;
+    for (long k = 0; k < r; ++k) {
+      add(residual[k], -length, product[k]);
+      z[k] = scale[k] * residual[k];
+    }
+    float before = inner;
+    inner = dot(residual, z, r);
+    float share = before > tiny ? inner / before : 0.0f;
+    for (long k = 0; k < r; ++k) direction[k] = std::fma(share, direction[k], z[k]);
+  }
+}
+
+inline void descend_all(const Couplings& a, int threads) {
+  in_parallel(threads, [&](int thread, int parts, auto) {
+    Range mine = share(a.problems * a.b1 * a.b2, 1, thread, parts);
+    float* memory = scratch(5 * a.r);
+    for (long pair = mine.from; pair < mine.to; ++pair) descend(a, pair, memory);
+  });
+}

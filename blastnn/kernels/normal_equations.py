@@ -1,0 +1,102 @@
+"""Systems of normal equations, many small ones at a time: what a solver sweeps over.
+
+Each has a plain PyTorch form, for any device and dtype, and the oracle; in float32 on a CPU the C++
+of ``csrc/solve.h`` and ``csrc/couplings.h`` serves, where it could be built. Its results do not
+depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blastnn.kernels import native
+
+
+def factor(G: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors ``L`` of ``G (..., r, r) + lift (...) I``, and where there is none."""
+    if _is_native(G):
+        lower, failed = torch.ops.blastnn.factor(G, lift)
+        return lower, failed
+    return factor_plainly(G, lift)
+
+
+def factor_plainly(G: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by ``torch.linalg``."""
+    shifted = G.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(lift[..., None])
+    lower, info = torch.linalg.cholesky_ex(shifted)
+    return lower, info != 0
+
+
+def solve_factored(L: Tensor, right: Tensor) -> Tensor:
+    """``right (L L^T)^-1`` by rows: ``right (..., c, r)``, lower triangular ``L (..., r, r)``."""
+    if _is_native(L):
+        solved: Tensor = torch.ops.blastnn.solve_factored(L, right)
+        return solved
+    return solve_plainly(L, right)
+
+
+def solve_plainly(L: Tensor, right: Tensor) -> Tensor:
+    """The same by ``torch.linalg``.
+
+    Two triangular solves from the left on the transpose, which is LAPACK's layout without a copy,
+    are more than twice as fast as ``cholesky_solve``, and on two threads mostly faster than solves
+    from the right.
+    """
+    first = torch.linalg.solve_triangular(L, right.mT, upper=False)
+    return torch.linalg.solve_triangular(L.mT, first, upper=True).mT
+
+
+def descend_couplings(
+    own: Tensor, gram: Tensor, right: Tensor, start: Tensor, steps: int
+) -> Tensor:
+    """``steps`` of :func:`descend` for ``W_ij = own_i * gram_j``, elementwise.
+
+    Args:
+        own: ``U_i^T U_i``, ``(k, b1, r, r)``.
+        gram: ``V_j^T V_j``, ``(k, b2, r, r)``.
+        right: ``diag(U_i^T A_ij V_j)``, ``(k, b1, b2, r)``.
+        start: the couplings now, of that shape.
+        steps: how many.
+    """
+    if _is_native(own):
+        found: Tensor = torch.ops.blastnn.descend_couplings(own, gram, right, start, steps)
+        return found
+    return descend(own[:, :, None] * gram[:, None], right, start, steps)
+
+
+def descend(W: Tensor, right: Tensor, start: Tensor, steps: int) -> Tensor:
+    """``steps`` of conjugate gradients for ``W s = right`` from ``start``, Jacobi-preconditioned.
+
+    ``W (..., r, r)``, the others ``(..., r)``. Every step descends, whatever ``W``'s condition.
+    """
+    tiny = torch.finfo(W.dtype).tiny
+    scale = 1.0 / W.diagonal(dim1=-2, dim2=-1).clamp(min=tiny)
+    x, residual = start, right - _times(W, start)
+    z = scale * residual
+    direction, inner = z, (residual * z).sum(-1, keepdim=True)
+    for count in range(1, steps + 1):
+        product = _times(W, direction)
+        curvature = (direction * product).sum(-1, keepdim=True)
+        length = torch.where(curvature > tiny, inner / curvature.clamp(min=tiny), 0.0)
+        x = x + length * direction
+        if count < steps:
+            residual = residual - length * product
+            z = scale * residual
+            new = (residual * z).sum(-1, keepdim=True)
+            direction = z + torch.where(inner > tiny, new / inner.clamp(min=tiny), 0.0) * direction
+            inner = new
+    return x
+
+
+def _times(W: Tensor, vector: Tensor) -> Tensor:
+    """``W vector`` for symmetric ``W``, as a row: eight times as fast in a batch on a CPU."""
+    return (vector[..., None, :] @ W)[..., 0, :]
+
+
+def _is_native(tensor: Tensor) -> bool:
+    """Whether the C++ serves; the first call that could use it compiles it."""
+    return (
+        tensor.dtype == torch.float32 and tensor.device.type == "cpu" and native.failure() is None
+    )
