@@ -333,3 +333,15 @@ def test_couplings_without_a_direction_stay():
     start = normal(1, 2, 2, 20).float()
     found = normal_equations.descend_couplings(zero, zero, torch.zeros(1, 2, 2, 20), start, 3)
     assert torch.equal(found, start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("r", [1, 5, 16, 70])
+def test_gram_matrices_are_weighted_by_couplings_as_they_say(r: int, dtype: torch.dtype):
+    gram, scales = positive(2, 4, r, r).to(dtype), normal(2, 3, 4, r, seed=1).to(dtype)
+    expected = torch.einsum("kijr,kjrt,kijt->kirt", scales, gram, scales)
+    found = normal_equations.weighted_grams(gram, scales)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * scale)
+    mirrored = normal_equations.weighted_grams(gram.mT, scales.flip(1)).flip(1)
+    torch.testing.assert_close(mirrored, expected, rtol=1e-5, atol=1e-6 * scale)

@@ -22,7 +22,7 @@ from blastnn.factorize.als_state import (
 from blastnn.factorize.blocks import padded_rows
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.scratch import Scratch, chunks
-from blastnn.kernels.normal_equations import descend_couplings
+from blastnn.kernels.normal_equations import descend_couplings, weighted_grams
 from blastnn.structures import Blast
 
 COUPLING_STEPS = 2
@@ -64,9 +64,7 @@ class FreeSweep(Sweeper):
             own = U[:, rows].mT @ U[:, rows]  # (k, i, r, t)
             S[:, rows] = self._couplings(state, rows, own, gram, products, omega)
             right += self.scratch.product("products", products, S[:, rows, :, None]).sum(1)
-            scales = S[:, rows]  # (k, i, j, r)
-            pairs = self.scratch.product("pairs", own[:, :, None], scales[..., None])
-            normal += pairs.mul_(scales[..., None, :]).sum(1)
+            normal += weighted_grams(own, S[:, rows].transpose(1, 2))
         new = solve_rows(normal, right, ridge, self.notes)
         V = step(V, new, omega)
         return State(U, S, V), ((V @ normal - 2 * right) * V).sum((1, 2, 3), dtype=torch.float64)
@@ -81,7 +79,7 @@ class FreeSweep(Sweeper):
     ) -> Tensor:
         """``U_i G_i = R_i`` with ``R_i = A_i [s_ij V_j]_j`` and ``G_i = sum_j s s^T * gram_j``."""
         S = state.S[:, rows]
-        normal = self.scratch.weighted_gram(S, gram[:, None])
+        normal = weighted_grams(gram, S)
         right = self.rows[:, rows] @ self.scratch.scaled(state.V, S)
         new = solve_rows(normal, right, ridge, self.notes)
         return step(state.U[:, rows], new, omega)

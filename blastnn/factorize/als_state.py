@@ -115,8 +115,10 @@ def ridge_for(error: float, dtype: torch.dtype) -> float:
     return max(RIDGE_PER_SQUARED_ERROR * error * error, SMALLEST_RIDGE[dtype])
 
 
-def per_problem(values: Sequence[float], like: Tensor) -> Tensor:
-    """A number for each problem, to be multiplied with ``like (k, ...)``."""
+def per_problem(values: Sequence[float], like: Tensor) -> Tensor | float:
+    """A number for each problem, to be multiplied with ``like (k, ...)``; one that all share."""
+    if all(value == values[0] for value in values):
+        return values[0]
     return like.new_tensor(values).view(-1, *[1] * (like.ndim - 1))
 
 

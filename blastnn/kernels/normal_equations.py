@@ -90,6 +90,21 @@ def descend(W: Tensor, right: Tensor, start: Tensor, steps: int) -> Tensor:
     return x
 
 
+def weighted_grams(gram: Tensor, couplings: Tensor) -> Tensor:
+    """``sum_j (s_ij s_ij^T) * gram_j``, ``(k, b1, r, r)``.
+
+    ``gram (k, b2, r, r)``, ``couplings (k, b1, b2, r)``.
+    """
+    if _is_native(gram):
+        total: Tensor = torch.ops.blastnn.weighted_grams(gram, couplings)
+        return total
+    rows = [
+        (gram * couplings[:, i, :, None, :]).mul_(couplings[:, i, :, :, None]).sum(1)
+        for i in range(couplings.shape[1])
+    ]
+    return torch.stack(rows, dim=1)
+
+
 def _times(W: Tensor, vector: Tensor) -> Tensor:
     """``W vector`` for symmetric ``W``, as a row: eight times as fast in a batch on a CPU."""
     return (vector[..., None, :] @ W)[..., 0, :]

@@ -247,6 +247,24 @@ at::Tensor descend_couplings(const at::Tensor& own, const at::Tensor& gram, cons
   return s;
 }
 
+// sum_j (s_ij s_ij^T) * gram_j: gram (k, b2, r, r), couplings (k, b1, b2, r), to (k, b1, r, r).
+at::Tensor weighted_grams(const at::Tensor& gram, const at::Tensor& couplings) {
+  bool fits = gram.dim() == 4 && couplings.dim() == 4 && gram.scalar_type() == at::kFloat &&
+              couplings.scalar_type() == at::kFloat;
+  if (fits) {
+    int64_t k = couplings.size(0), b2 = couplings.size(2), r = couplings.size(3);
+    fits = gram.sizes() == at::IntArrayRef{k, b2, r, r};
+  }
+  TORCH_CHECK(fits, "blastnn::weighted_grams: the Gram matrices and couplings do not fit together");
+  at::Tensor gs = gram.contiguous(), ss = couplings.contiguous();
+  int64_t k = ss.size(0), b1 = ss.size(1), b2 = ss.size(2), r = ss.size(3);
+  at::Tensor total = at::empty({k, b1, r, r}, gs.options());
+  WeightedGrams grams{k, b1, b2, r, pointer<float>(gs), pointer<float>(ss),
+                      static_cast<float*>(total.mutable_data_ptr())};
+  weigh_all(grams, threads_for(ss.numel() * r));
+  return total;
+}
+
 }  // namespace
 
 // `blast` gets its gradients in Python, which costs microseconds a call even where nobody wants any.
@@ -267,6 +285,7 @@ TORCH_LIBRARY(blastnn, library) {
   library.def("solve_factored(Tensor lower, Tensor right) -> Tensor");
   library.def(
       "descend_couplings(Tensor own, Tensor gram, Tensor right, Tensor start, int steps) -> Tensor");
+  library.def("weighted_grams(Tensor gram, Tensor couplings) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
@@ -280,4 +299,5 @@ TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
   library.impl("factor", &factor);
   library.impl("solve_factored", &solve_factored);
   library.impl("descend_couplings", &descend_couplings);
+  library.impl("weighted_grams", &weighted_grams);
 }

@@ -1,11 +1,12 @@
-// Conjugate gradients for all couplings of a sweep: W s = b with W = own_i * gram_j, elementwise, for
-// every pair of a block row i and a block column j. W is never written down.
+// What the alternating solver does with couplings, for all pairs of a block row i and a block column j
+// at once; nothing of pairs times r^2 numbers is ever written down.
 #pragma once
 
 #include <limits>
 
 #include "product.h"
 
+// Conjugate gradients for W s = b with W = own_i * gram_j, elementwise.
 struct Couplings {
   long problems, b1, b2, r;
   int steps;
@@ -85,5 +86,39 @@ inline void descend_all(const Couplings& a, int threads) {
     Range mine = share(a.problems * a.b1 * a.b2, 1, thread, parts);
     float* memory = scratch(5 * a.r);
     for (long pair = mine.from; pair < mine.to; ++pair) descend(a, pair, memory);
+  });
+}
+
+// sum_j (s_ij s_ij^T) * gram_j for all i.
+struct WeightedGrams {
+  long problems, b1, b2, r;
+  const float* gram;   // (problems, b2, r, r)
+  const float* s;      // (problems, b1, b2, r)
+  float* total;        // (problems, b1, r, r)
+};
+
+// Row t of one of them.
+inline void weigh_row(const WeightedGrams& a, long row, long t, float* to) {
+  long r = a.r;
+  const float* s = a.s + row * a.b2 * r;
+  const float* gram = a.gram + (row / a.b1 * a.b2 * r + t) * r;
+  long c = 0;
+  for (; c + W <= r; c += W) {
+    Vec sum{};
+    for (long j = 0; j < a.b2; ++j)
+      add(sum, broadcast(s[j * r + t]) * load(s + j * r + c), load(gram + j * r * r + c));
+    store(to + c, sum);
+  }
+  for (; c < r; ++c) {
+    float sum = 0.0f;
+    for (long j = 0; j < a.b2; ++j) add(sum, s[j * r + t] * s[j * r + c], gram[j * r * r + c]);
+    to[c] = sum;
+  }
+}
+
+inline void weigh_all(const WeightedGrams& a, int threads) {
+  in_parallel(threads, [&](int thread, int parts, auto) {
+    Range mine = share(a.problems * a.b1 * a.r, 1, thread, parts);
+    for (long k = mine.from; k < mine.to; ++k) weigh_row(a, k / a.r, k % a.r, a.total + k * a.r);
   });
 }
