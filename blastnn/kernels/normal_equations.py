@@ -110,6 +110,11 @@ def _times(W: Tensor, vector: Tensor) -> Tensor:
     return (vector[..., None, :] @ W)[..., 0, :]
 
 
+def load(dtype: torch.dtype, device: str) -> None:
+    """Load the C++, or compile it, where it will serve: once a session, before any clock starts."""
+    _is_native(torch.empty(0, dtype=dtype, device=device))
+
+
 def _is_native(tensor: Tensor) -> bool:
     """Whether the C++ serves; the first call that could use it compiles it."""
     return (
