@@ -67,6 +67,11 @@ def in_process(*arguments: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def sweeps_of(n: int) -> int:
+    """Of small matrices so many that the first, which find caches and threads cold, do not tell."""
+    return 3 if n > 4000 else 8 if n > 1500 else 60
+
+
 def slope(sizes: list[int], values: list[float]) -> float:
     """Of a straight line through the logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
@@ -87,7 +92,7 @@ def main() -> None:
     seconds, operations = [], []
     for n in given.sizes:
         rank = math.floor(given.share * n / 2)
-        found = in_process(n, n, given.blocks, rank, 3 if n > 4000 else 8)
+        found = in_process(n, n, given.blocks, rank, sweeps_of(n))
         seconds.append(found["sweep"])
         operations.append(sweep_operations(n, n, given.blocks, rank))
         rate = operations[-1] / seconds[-1] / 1e9
