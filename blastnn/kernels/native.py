@@ -127,12 +127,18 @@ def _register() -> None:
         torch.library.register_fake(f"blastnn::{name}_forward", _shape)
         _forward[name] = getattr(torch.ops.blastnn, f"{name}_forward").default
         torch.library.register_fake(f"blastnn::{name}_into", _nothing)
+    torch.library.register_fake("blastnn::attend_causally", _attended)
     torch.library.register_autograd("blastnn::blast", _backward, setup_context=_save)
 
 
 def _shape(x: Tensor, *others: Any) -> Tensor:
     """What an operator returns whose last argument is the number of output features."""
     return x.new_empty((*x.shape[:-1], others[-1]))
+
+
+def _attended(q: Tensor, *_: Any) -> Tensor:
+    """Heads behind tokens: ``(B, H, T, D)`` to ``(B, T, H, D)``."""
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]))
 
 
 def _nothing(*_: Any) -> None:
