@@ -77,6 +77,19 @@ def slope(sizes: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
+def plot(sizes: list[int], seconds: list[float], operations: list[float], path: Path) -> None:
+    """Seconds a sweep over n, and where operations at the rate of the largest would be."""
+    figure, axis = plt.subplots(figsize=(5, 4))
+    label = f"seconds a sweep, slope {slope(sizes, seconds):.2f}"
+    axis.loglog(sizes, seconds, "o-", label=label)
+    ideal = [value * seconds[-1] / operations[-1] for value in operations]
+    axis.loglog(sizes, ideal, ":", label=f"operations, slope {slope(sizes, operations):.2f}")
+    axis.set_xlabel("n")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Print both slopes, the memory, and write the plot."""
     parser = argparse.ArgumentParser()
@@ -111,14 +124,7 @@ def main() -> None:
     large = in_process(*LARGE, 3)
     print(f"{LARGE}: sweep {large['sweep']:.1f} s, peak {large['peak_mib']:.0f} MiB resident")
     given.folder.mkdir(parents=True, exist_ok=True)
-    figure, axis = plt.subplots(figsize=(5, 4))
-    axis.loglog(given.sizes, seconds, "o-", label=f"seconds a sweep, slope {slopes[0]:.2f}")
-    ideal = [value * seconds[-1] / operations[-1] for value in operations]
-    axis.loglog(given.sizes, ideal, ":", label=f"operations, slope {slopes[1]:.2f}")
-    axis.set_xlabel("n")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(given.folder / "solver_cost.png", dpi=110)
+    plot(given.sizes, seconds, operations, given.folder / "solver_cost.png")
 
 
 if __name__ == "__main__":

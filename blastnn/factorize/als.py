@@ -168,8 +168,9 @@ class _Run:
             for index in active:
                 better[index] = paces[index].learn(errors[index])
             previous, state = state.where(better, previous), candidate.where(better, state)
-            self._keep(state, [pace.errors[-1] for pace in paces])
-            self._record(active, [pace.errors[-1] for pace in paces])
+            accepted = [pace.errors[-1] for pace in paces]
+            self._keep(state, accepted)
+            self._record(active, accepted)
             active = [index for index in active if not self._ends(index, paces[index].verdict())]
             if not active:
                 return

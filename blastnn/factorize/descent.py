@@ -140,10 +140,7 @@ def _left_normal_equations(target: _Target, S: Tensor, V: Tensor) -> tuple[Tenso
     """Right-hand sides ``(i, p, r)`` and normal matrices ``(i, r, s)`` of all ``U_i``."""
     scaled = target.scratch.product("scaled", V, S[:, :, None])
     right, gram = target.A @ scaled.flatten(1, 2), V.mT @ V
-    weighted = target.scratch.weighted_gram
-    return right, torch.cat(
-        [weighted(S[rows], gram) for rows in chunks(S.shape[0], gram.numel(), gram.device)]
-    )
+    return right, _weighted_grams(target.scratch, S, gram)
 
 
 def _update_right(
@@ -154,12 +151,7 @@ def _update_right(
     products = (target.A.mT @ U).unflatten(1, V.shape[:2])  # (i, j, q, r)
     gram_u = U.mT @ U
     right = scratch.product("products", products, S[:, :, None]).sum(0)
-    columns = S.transpose(0, 1)
-    weighted = [
-        scratch.weighted_gram(columns[c], gram_u)
-        for c in chunks(S.shape[1], gram_u.numel(), S.device)
-    ]
-    gram = torch.cat(weighted)
+    gram = _weighted_grams(scratch, S.transpose(0, 1), gram_u)
     V = V - step(gram, V @ gram - right)
     gram_v = V.mT @ V
     diagonals = scratch.product("seen", products, V).sum(2)  # diag(U_i^T A_ij V_j), (i, j, r)

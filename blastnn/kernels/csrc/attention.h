@@ -64,12 +64,8 @@ inline float soften(float* row, long count, long end, float scale) {
     sum += e;
   }
   if (end > count) std::fill(row + count, row + end, 0.0f);
-  float total = 0.0f;
-  for (int lane = 0; lane < W; ++lane) total += sum[lane];
-  return total;
+  return sum_of(sum);
 }
-
-inline long panels_of(long columns) { return (columns + PANEL - 1) / PANEL; }
 
 // Some queries of one head, with its packed keys and values. Memory: QUERIES rows of scores with
 // their stride, and of outputs.
@@ -83,9 +79,8 @@ inline void attend_some(const Attention& a, long batch, long head, long first, c
   float sums[QUERIES];
   for (int t = 0; t < rows; ++t) sums[t] = soften(scores + t * stride, first + t + 1, seen, a.scale);
   for (long c = 0; c < a.width; c += PANEL)
-    for (long k = 0; k < seen; k += DEPTH)
-      multiply(rows, int(std::min<long>(PANEL, a.width - c)), int(std::min<long>(DEPTH, seen - k)),
-               scores + k, stride, values + c * a.tokens + k * PANEL, out + c, wide, k > 0);
+    multiply_deep(rows, int(std::min<long>(PANEL, a.width - c)), seen, scores, stride,
+                  values + c * a.tokens, out + c, wide);
   for (int t = 0; t < rows; ++t) {
     float* y = a.y + ((batch * a.tokens + first + t) * a.heads + head) * a.width;
     for (long c = 0; c < a.width; ++c) y[c] = out[t * wide + c] / sums[t];

@@ -68,7 +68,7 @@ void left_tile_of_blocks(const Product<T>& a, long tokens, long i, long row, lon
 template <class T>
 void left_panels_of_blocks(const Product<T>& a, bool strided, long first, long tokens, Range units,
                            const float* z, long ldz, long wide, float* panels, float* out) {
-  long per_block = (a.p + PANEL - 1) / PANEL;
+  long per_block = panels_of(a.p);
   for (long unit = units.from; unit < units.to; ++unit) {
     long i = unit / per_block, row = unit % per_block * PANEL, count = std::min(long(PANEL), a.p - row);
     left_tile_of_blocks(a, tokens, i, row, count, z + i * tokens * ldz, ldz, wide, panels, out);
@@ -93,7 +93,7 @@ void many_tokens_of_blocks(const Product<T>& a, bool strided, int threads) {
   float *z = copy + x_size, *rest = z + z_size;
   in_parallel(threads, [&](int thread, int threads, auto barrier) {
     float *out = rest + thread * (out_size + panel_size), *panels = out + out_size;
-    long units = a.b1 * ((a.p + PANEL - 1) / PANEL);
+    long units = a.b1 * panels_of(a.p);
     for (long first = 0; first < a.tokens; first += chunk) {
       long tokens = std::min(chunk, a.tokens - first);
       Inputs x = inputs_of(a, first, tokens, thread, threads, copy);

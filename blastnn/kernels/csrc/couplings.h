@@ -17,12 +17,6 @@ struct Couplings {
   float* s;            // (problems, b1, b2, r)
 };
 
-inline float sum_of(Vec lanes) {
-  float total = 0.0f;
-  for (int k = 0; k < W; ++k) total += lanes[k];
-  return total;
-}
-
 inline float dot(const float* a, const float* b, long r) {
   Vec lanes{};
   float rest = 0.0f;
@@ -48,7 +42,7 @@ inline void times(const float* own, const float* gram, const float* x, float* y,
   }
 }
 
-// One pair, preconditioned with the diagonal, as `descend_couplings` in als_state.py; `memory` is 5 r.
+// One pair, preconditioned with the diagonal, as `descend` in normal_equations.py; `memory` is 5 r.
 inline void descend(const Couplings& a, long pair, float* memory) {
   constexpr float tiny = std::numeric_limits<float>::min();
   long r = a.r, row = pair / a.b2, problem = row / a.b1;

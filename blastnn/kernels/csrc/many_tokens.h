@@ -101,7 +101,7 @@ Inputs inputs_of(const Product<T>& a, long first, long count, int thread, int th
 template <class T, class Factors>
 void right_and_couple_tile(const Product<T>& a, const Factors& factors, long tokens, Range rank,
                            const Inputs& x, float* z, float* panels, float* w, long ldw) {
-  long width = rank.to - rank.from, ldz = (width + PANEL - 1) / PANEL * PANEL;
+  long width = rank.to - rank.from, ldz = panels_of(width) * PANEL;
   for (long j = 0; j < a.b2; ++j)
     for (long k = 0; k < a.q; k += DEPTH) {
       long rows = std::min(long(DEPTH), a.q - k);
@@ -136,7 +136,7 @@ void left_tile(const Product<T>& a, const Factors& factors, long first, long tok
 template <class T, class Factors>
 void left_panels(const Product<T>& a, const Factors& factors, long first, long tokens,
                  Range panels_of_all, const float* w, long ldw, float* panels, float* out) {
-  long per_block = (a.p + PANEL - 1) / PANEL;
+  long per_block = panels_of(a.p);
   for (long unit = panels_of_all.from; unit < panels_of_all.to;) {
     long i = unit / per_block, panel = unit % per_block;
     long end = std::min({panels_of_all.to - i * per_block, per_block, panel + ROW_TILE / PANEL});
@@ -175,7 +175,7 @@ void many_tokens(const Product<T>& a, const Factors& factors, int threads) {
   if (worth_apart(a, threads))
     return apart(a, threads, [&](const Product<T>& part) { many_tokens(part, factors, 1); });
   long chunk = even_chunk(a.tokens);
-  long ldw = row_stride((a.r + PANEL - 1) / PANEL * PANEL);
+  long ldw = row_stride(panels_of(a.r) * PANEL);
   long tile = std::clamp(CACHE / (a.b2 * chunk) / PANEL, 1L, 32L) * PANEL;
   size_t x_size = chunk * a.b2 * row_stride(a.q), w_size = a.b1 * chunk * ldw;
   size_t z_size = a.b2 * chunk * tile, out_size = chunk * ROW_TILE;
@@ -185,7 +185,7 @@ void many_tokens(const Product<T>& a, const Factors& factors, int threads) {
   float *w = copy + x_size, *rest = w + w_size;
   in_parallel(threads, [&](int thread, int threads, auto barrier) {
     float *z = rest + thread * own, *out = z + z_size, *panels = out + out_size;
-    long units = a.b1 * ((a.p + PANEL - 1) / PANEL);
+    long units = a.b1 * panels_of(a.p);
     for (long first = 0; first < a.tokens; first += chunk) {
       long tokens = std::min(chunk, a.tokens - first);
       Inputs x = inputs_of(a, first, tokens, thread, threads, copy);

@@ -75,6 +75,16 @@ inline void multiply(int tokens, int columns, int depth, const float* a, long ld
   }
 }
 
+inline long panels_of(long columns) { return (columns + PANEL - 1) / PANEL; }
+
+// The same with one panel of any depth.
+inline void multiply_deep(int tokens, int columns, long depth, const float* a, long lda,
+                          const float* panel, float* c, long ldc) {
+  for (long k = 0; k < depth; k += DEPTH)
+    multiply(tokens, columns, int(std::min<long>(DEPTH, depth - k)), a + k, lda, panel + k * PANEL,
+             c, ldc, k > 0);
+}
+
 // Panels of rows `b` (depth x columns, row-major with stride ldb): copied, zeros on the right.
 template <class P>
 inline void pack(int depth, int columns, P b, long ldb, float* panels) {

@@ -138,6 +138,12 @@ inline long bytes_of(const BFloat16*, long columns) { return 2 * columns; }
 template <int BITS>
 long bytes_of(Packed<BITS>, long columns) { return columns * BITS / 8; }
 
+inline float sum_of(Vec lanes) {
+  float total = lanes[0];
+  for (int lane = 1; lane < W; ++lane) total += lanes[lane];
+  return total;
+}
+
 // One exchange of a block transpose: blocks of D lanes swap between vectors D apart.
 template <int D, bool FIRST, size_t... LANE>
 inline Vec exchanged(Vec a, Vec b, std::index_sequence<LANE...>) {

@@ -25,11 +25,10 @@ struct Systems {
 struct PackedTriangle {
   long r;
 
-  long blocks() const { return (r + PANEL - 1) / PANEL; }
+  long blocks() const { return panels_of(r); }
   int width(long block) const { return int(std::min<long>(PANEL, r - block * PANEL)); }
   long stride() const { return PANEL * (r + 2 * PANEL); }
   long floats() const { return blocks() * stride(); }
-  static long before() { return 0; }
   static long behind(long block) { return block * PANEL * PANEL; }
   long inverse() const { return r * PANEL; }
   long transposed() const { return (r + PANEL) * PANEL; }
@@ -51,13 +50,10 @@ inline void invert(const float* lower, long ld, int width, float* inverse, float
   }
 }
 
-// left (rows, PANEL) = b - x panel, and out = left inverse where there is one: x are the `depth`
-// columns solved before, row-major with the stride of b and out.
+// left (rows, PANEL) = b - x panel: x are the `depth` columns solved before, with the stride of b.
 inline void eliminate(int rows, int width, long depth, const float* x, const float* b, long ld,
                       const float* panel, float* left) {
-  for (long k = 0; k < depth; k += DEPTH)
-    multiply(rows, width, int(std::min<long>(DEPTH, depth - k)), x + k, ld, panel + k * PANEL, left,
-             PANEL, k > 0);
+  multiply_deep(rows, width, depth, x, ld, panel, left, PANEL);
   for (int t = 0; t < rows; ++t)
     for (int c = 0; c < PANEL; c += W) {
       float* to = left + t * PANEL + c;
@@ -70,7 +66,7 @@ inline void pack_block(const PackedTriangle& triangle, const float* lower, long 
   long r = triangle.r, from = block * PANEL;
   int width = triangle.width(block), rest = int(r - from - width);
   Rows<float> rows{lower + from * r, r};
-  if (from) pack_transposed(int(from), width, rows, to + triangle.before(), int(from));
+  if (from) pack_transposed(int(from), width, rows, to, int(from));
   if (rest)
     pack(rest, width, lower + (from + width) * r + from, r, to + triangle.behind(block));
   invert(lower + from * r + from, r, width, to + triangle.inverse(), to + triangle.transposed());
@@ -90,7 +86,7 @@ inline void solve_some(const Systems& a, long system, long first, int rows, cons
     const float* panels = packed + block * triangle.stride();
     int width = triangle.width(block);
     float* b = buffer + block * PANEL;
-    eliminate(rows, width, block * PANEL, buffer, b, ld, panels + triangle.before(), left);
+    eliminate(rows, width, block * PANEL, buffer, b, ld, panels, left);
     multiply(rows, width, width, left, PANEL, panels + triangle.transposed(), b, ld, false);
   }
   for (long block = triangle.blocks() - 1; block >= 0; --block) {
@@ -179,10 +175,8 @@ bool factor_block(const Grams& a, long system, long block, float* memory, int me
     pack_transposed(int(from), width, Rows<float>{lower + from * r, r}, panel, int(from));
   barrier();
   Range mine = share(r - from, MAX_ROWS, member, team);
-  for (long k = 0; k < from; k += DEPTH)
-    multiply(int(mine.to - mine.from), width, int(std::min<long>(DEPTH, from - k)),
-             lower + (from + mine.from) * r + k, r, panel + k * PANEL, left + mine.from * PANEL,
-             PANEL, k > 0);
+  multiply_deep(int(mine.to - mine.from), width, from, lower + (from + mine.from) * r, r, panel,
+                left + mine.from * PANEL, PANEL);
   for (long t = mine.from; t < mine.to; ++t)
     for (int c = 0; c < PANEL; ++c) {
       float value = c < width ? gram[(from + t) * r + from + c] : 0.0f;
