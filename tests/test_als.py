@@ -268,12 +268,12 @@ SYSTEMS = [(1, 1, 1), (3, 5, 7), (2, 1, 33), (4, 49, 70), (1, 100, 96), (2, 130,
 @pytest.mark.parametrize(("count", "rows", "r"), SYSTEMS, ids=str)
 def test_normal_equations_are_as_exact_as_torch_solves_them(count: int, rows: int, r: int):
     G = positive(count, r, r).float()
-    right, lift = normal(count, rows, r, seed=1).float(), torch.rand(count)
-    exact_factor, _ = normal_equations.factor_plainly(G.double(), lift.double())
+    right, ridge = normal(count, rows, r, seed=1).float(), torch.rand(count).tolist()
+    exact_factor, _ = normal_equations.factor_plainly(G.double(), ridge)
     exact = normal_equations.solve_plainly(exact_factor, right.double())
-    factor, failed = normal_equations.factor(G, lift)
+    factor, failed = normal_equations.factor(G, ridge)
     solved = normal_equations.solve_factored(factor, right)
-    plain = normal_equations.solve_plainly(normal_equations.factor_plainly(G, lift)[0], right)
+    plain = normal_equations.solve_plainly(normal_equations.factor_plainly(G, ridge)[0], right)
     assert not failed.any()
     assert factor.triu(1).count_nonzero() == 0
     torch.testing.assert_close(factor.double(), exact_factor, rtol=1e-5, atol=1e-5 * r**0.5)
@@ -286,7 +286,7 @@ def test_normal_equations_are_as_exact_as_torch_solves_them(count: int, rows: in
 def test_matrices_without_a_factor_are_told_apart(bad: float):
     G = positive(4, 80, 80).float()
     G[2, 70, 70] = bad
-    _, failed = normal_equations.factor(G, torch.zeros(4))
+    _, failed = normal_equations.factor(G, [0.0] * 4)
     assert failed.tolist() == [False, False, True, False]
 
 
@@ -297,11 +297,11 @@ def test_normal_equations_do_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            factor, _ = normal_equations.factor(G, torch.ones(3))
+            factor, _ = normal_equations.factor(G, [1.0] * 3)
             found.append(
                 [
                     normal_equations.solve_factored(factor, right),
-                    normal_equations.factor(single, torch.ones(1))[0],
+                    normal_equations.factor(single, [1.0])[0],
                     normal_equations.descend_couplings(G[:, None], G[:, None], *coupled(3), 2),
                 ]
             )
@@ -345,3 +345,24 @@ def test_gram_matrices_are_weighted_by_couplings_as_they_say(r: int, dtype: torc
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * scale)
     mirrored = normal_equations.weighted_grams(gram.mT, scales.flip(1)).flip(1)
     torch.testing.assert_close(mirrored, expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("r", [1, 5, 16, 70])
+def test_products_are_summed_as_they_say(r: int, dtype: torch.dtype):
+    products, factors = normal(2, 3, 4, 6, r).to(dtype), normal(2, 4, 6, r, seed=1).to(dtype)
+    couplings, before = normal(2, 3, 4, r, seed=2).to(dtype), normal(2, 4, 6, r, seed=3).to(dtype)
+    found = normal_equations.paired_sums(products, factors)
+    torch.testing.assert_close(found, torch.einsum("kijqr,kjqr->kijr", products, factors))
+    total = before.clone()
+    normal_equations.add_coupled(products, couplings, total)
+    expected = before + torch.einsum("kijqr,kijr->kjqr", products, couplings)
+    torch.testing.assert_close(total, expected)
+
+
+def test_each_problem_has_its_own_ridge_relative_to_its_own_diagonals():
+    G = positive(2, 3, 5, 5).float() * torch.tensor([1.0, 100.0])[:, None, None, None]
+    lower, _ = normal_equations.factor(G, [0.5, 2.0])
+    mean = G.diagonal(dim1=-2, dim2=-1).mean(-1)
+    lift = mean * torch.tensor([0.5, 2.0])[:, None]
+    torch.testing.assert_close(lower @ lower.mT, G + lift[..., None, None] * torch.eye(5))

@@ -16,13 +16,20 @@ from torch import Tensor
 from blastnn.factorize.als_state import (
     State,
     Sweeper,
+    multiply,
+    quadratic,
     solve_rows,
     step,
 )
 from blastnn.factorize.blocks import padded_rows
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.scratch import Scratch, chunks
-from blastnn.kernels.normal_equations import descend_couplings, weighted_grams
+from blastnn.kernels.normal_equations import (
+    add_coupled,
+    descend_couplings,
+    paired_sums,
+    weighted_grams,
+)
 from blastnn.structures import Blast
 
 COUPLING_STEPS = 2
@@ -55,19 +62,20 @@ class FreeSweep(Sweeper):
         self, state: State, omega: Sequence[float], ridge: Sequence[float]
     ) -> tuple[State, Tensor]:
         U, S, V = torch.empty_like(state.U), torch.empty_like(state.S), state.V
-        gram = V.mT @ V  # (k, j, r, t)
+        gram = multiply(V.mT, V)  # (k, j, r, t)
         right, normal = torch.zeros_like(V), torch.zeros_like(gram)
         largest = max(gram.numel(), V[0].numel())
         for rows in chunks(U.shape[1], largest, V.device):
             U[:, rows] = self._left(state, rows, gram, omega, ridge)
-            products = (self.rows[:, rows].mT @ U[:, rows]).unflatten(2, V.shape[1:3])  # k i j q r
-            own = U[:, rows].mT @ U[:, rows]  # (k, i, r, t)
+            seen = multiply(self.rows[:, rows].mT, U[:, rows])  # (k, i, n, r)
+            products = seen.view(*seen.shape[:2], *V.shape[1:])  # (k, i, j, q, r)
+            own = multiply(U[:, rows].mT, U[:, rows])  # (k, i, r, t)
             S[:, rows] = self._couplings(state, rows, own, gram, products, omega)
-            right += self.scratch.product("products", products, S[:, rows, :, None]).sum(1)
+            add_coupled(products, S[:, rows], right)
             normal += weighted_grams(own, S[:, rows].transpose(1, 2))
         new = solve_rows(normal, right, ridge, self.notes)
         V = step(V, new, omega)
-        return State(U, S, V), ((V @ normal - 2 * right) * V).sum((1, 2, 3), dtype=torch.float64)
+        return State(U, S, V), quadratic(V, normal, right)
 
     def _left(
         self,
@@ -80,7 +88,7 @@ class FreeSweep(Sweeper):
         """``U_i G_i = R_i`` with ``R_i = A_i [s_ij V_j]_j`` and ``G_i = sum_j s s^T * gram_j``."""
         S = state.S[:, rows]
         normal = weighted_grams(gram, S)
-        right = self.rows[:, rows] @ self.scratch.scaled(state.V, S)
+        right = multiply(self.rows[:, rows], self.scratch.scaled(state.V, S))
         new = solve_rows(normal, right, ridge, self.notes)
         return step(state.U[:, rows], new, omega)
 
@@ -94,6 +102,6 @@ class FreeSweep(Sweeper):
         omega: Sequence[float],
     ) -> Tensor:
         """``(U_i^T U_i * V_j^T V_j) s_ij = diag(U_i^T A_ij V_j)``."""
-        right = self.scratch.product("seen", products, state.V[:, None]).sum(3)  # (k, i, j, r)
+        right = paired_sums(products, state.V)
         start = state.S[:, rows]
         return step(start, descend_couplings(own, gram, right, start, COUPLING_STEPS), omega)

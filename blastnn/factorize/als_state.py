@@ -127,21 +127,37 @@ def step(old: Tensor, exact: Tensor, omega: Sequence[float]) -> Tensor:
     return torch.lerp(old, exact, per_problem(omega, old))
 
 
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` with equal leading dimensions.
+
+    ``matmul`` takes longer to find out that nothing is broadcast than a small product takes.
+    """
+    product = torch.bmm(left.flatten(0, -3), right.flatten(0, -3))
+    return product.view(*left.shape[:-2], *product.shape[-2:])
+
+
+def quadratic(X: Tensor, normal: Tensor, right: Tensor) -> Tensor:
+    """``tr(X G X^T) - 2 <R, X>`` of each problem, in float64: the objective but for ``||A L||^2``.
+
+    ``X`` and the right sides ``R`` are ``(k, blocks, rows, r)``, ``G (k, blocks, r, r)``.
+    """
+    rows, G, R = X.flatten(0, 1), normal.flatten(0, 1), right.flatten(0, 1)
+    slope = torch.baddbmm(R, rows, G, beta=-2)
+    return slope.mul_(rows).view(len(X), -1).sum(1, dtype=torch.float64)
+
+
 def solve_rows(G: Tensor, right: Tensor, ridge: Sequence[float], notes: list[list[str]]) -> Tensor:
     """``right G^-1`` for symmetric positive semidefinite ``G (k, ..., r, r)``, by rows.
 
     A matrix that is not positive definite in spite of the ridge gets a larger one, and a note.
     """
-    mean = G.diagonal(dim1=-2, dim2=-1).mean(-1)
-    tiny = torch.finfo(G.dtype).tiny
-    lift = mean * per_problem(ridge, mean) + tiny
-    factor, failed = normal_equations.factor(G, lift)
+    factor, failed = normal_equations.factor(G, ridge)
     for larger in (1e-4, 1e-2, 1.0):
         if not bool(failed.any()):
             break
         _note(notes, failed, f"a normal matrix was not positive definite: ridge {larger:g}")
-        lift = torch.where(failed, larger * mean + tiny, lift)
-        factor, failed = normal_equations.factor(G, lift)
+        other, still = normal_equations.factor(G, [larger] * len(ridge))
+        factor, failed = torch.where(failed[..., None, None], other, factor), failed & still
     solved = normal_equations.solve_factored(factor, right)
     sharp = [each <= SMALLEST_RIDGE[G.dtype] for each in ridge]
     if any(sharp):

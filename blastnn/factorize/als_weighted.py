@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blastnn.factorize.als_state import State, Sweeper, per_problem, solve_rows, step
+from blastnn.factorize.als_state import State, Sweeper, per_problem, quadratic, solve_rows, step
 from blastnn.factorize.blocks import split_blocks, split_moment
 from blastnn.factorize.problem import Problem
 from blastnn.structures import Blast
@@ -63,9 +63,8 @@ class WeightedSweep(Sweeper):
         normal = self._left_gram(S, products)
         right = torch.einsum("kjipr,kijr->kipr", projected, S)
         U = step(state.U, solve_rows(normal, right, ridge, self.notes), omega)
-        fitted = ((U @ normal - 2 * right) * U).sum((1, 2, 3), dtype=torch.float64)
         result = State(U, S, V)
-        return result, self.errors_from(fitted, result)
+        return result, self.errors_from(quadratic(U, normal, right), result)
 
     def _right(
         self, state: State, omega: Sequence[float], ridge: Sequence[float]

@@ -7,24 +7,31 @@ depend on the number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from blastnn.kernels import native
 
 
-def factor(G: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factors ``L`` of ``G (..., r, r) + lift (...) I``, and where there is none."""
+def factor(G: Tensor, ridge: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of ``G (k, ..., r, r)``, each with a ridge, and for which there is none.
+
+    ``ridge``: for each of ``k`` problems what is added to the diagonals, relative to their means.
+    """
     if _is_native(G):
-        lower, failed = torch.ops.blastnn.factor(G, lift)
+        lower, failed = torch.ops.blastnn.factor(G, ridge)
         return lower, failed
-    return factor_plainly(G, lift)
+    return factor_plainly(G, ridge)
 
 
-def factor_plainly(G: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
+def factor_plainly(G: Tensor, ridge: Sequence[float]) -> tuple[Tensor, Tensor]:
     """The same by ``torch.linalg``."""
     shifted = G.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(lift[..., None])
+    diagonal = shifted.diagonal(dim1=-2, dim2=-1)
+    each = G.new_tensor(ridge).view(-1, *[1] * (G.ndim - 2))
+    diagonal += diagonal.mean(-1, keepdim=True) * each + torch.finfo(G.dtype).tiny
     lower, info = torch.linalg.cholesky_ex(shifted)
     return lower, info != 0
 
@@ -103,6 +110,28 @@ def weighted_grams(gram: Tensor, couplings: Tensor) -> Tensor:
         for i in range(couplings.shape[1])
     ]
     return torch.stack(rows, dim=1)
+
+
+def paired_sums(products: Tensor, factors: Tensor) -> Tensor:
+    """``diag(X_ij^T V_j)``, ``(k, b1, b2, r)``.
+
+    ``products (k, b1, b2, q, r)`` are the ``X_ij``, ``factors (k, b2, q, r)`` the ``V_j``.
+    """
+    if _is_native(products):
+        sums: Tensor = torch.ops.blastnn.paired_sums(products, factors)
+        return sums
+    return (products * factors[:, None]).sum(3)
+
+
+def add_coupled(products: Tensor, couplings: Tensor, total: Tensor) -> None:
+    """``total (k, b2, q, r) += sum_i X_ij diag(s_ij)``, in place.
+
+    ``products (k, b1, b2, q, r)`` are the ``X_ij``, ``couplings (k, b1, b2, r)`` the ``s_ij``.
+    """
+    if _is_native(products):
+        torch.ops.blastnn.add_coupled(products, couplings, total)
+    else:
+        total += (products * couplings[:, :, :, None]).sum(1)
 
 
 def _times(W: Tensor, vector: Tensor) -> Tensor:

@@ -1,24 +1,13 @@
-// The operators that PyTorch sees.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
+// The operators that PyTorch sees: those of products here, and the list of all.
 #include <torch/library.h>
 
-#include "attention.h"
+#include "attention_operator.h"
 #include "block_low_rank.h"
-#include "couplings.h"
+#include "operators.h"
 #include "quantized.h"
-#include "solve.h"
+#include "solver_operators.h"
 
 namespace {
-
-// Multiplications for which other threads are not woken: what they save is little, and what it costs
-// where they do not come at once, because the machine is busy, is a thousand times more.
-constexpr long SERIAL = 1 << 17;
-
-int threads_for(long multiplications) {
-  return omp_in_parallel() || multiplications < SERIAL ? 1 : at::get_num_threads();
-}
 
 // few(N) for N tokens of which there is a kernel of their own, many() for more.
 template <class Few, class Many>
@@ -47,11 +36,6 @@ void run_blocks(const Product<T>& a, bool strided) {
   by_tokens(
       a.tokens, [&](auto tokens) { few_tokens_of_blocks<tokens()>(a, strided, threads); },
       [&] { many_tokens_of_blocks(a, strided, threads); });
-}
-
-template <class T>
-const T* pointer(const at::Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 // A product without its sizes of blocks: what both operators have in common.
@@ -189,108 +173,6 @@ at::Tensor blocks(const at::Tensor& x, const at::Tensor& U, const at::Tensor& V,
   return y;
 }
 
-// The Cholesky factors L of gram (..., r, r) + lift (...) I, and for which there is none.
-std::tuple<at::Tensor, at::Tensor> factor(const at::Tensor& gram, const at::Tensor& lift) {
-  int64_t dims = gram.dim();
-  TORCH_CHECK(dims >= 2 && gram.size(-1) == gram.size(-2) &&
-                  gram.sizes().slice(0, dims - 2) == lift.sizes() &&
-                  gram.scalar_type() == at::kFloat && lift.scalar_type() == at::kFloat,
-              "blastnn::factor: the matrices and what is added to them do not fit together");
-  at::Tensor gs = gram.contiguous(), ls = lift.contiguous();
-  at::Tensor lower = at::empty(gs.sizes(), gs.options());
-  at::Tensor failed = at::empty(ls.sizes(), ls.options().dtype(at::kBool));
-  if (!lower.numel()) return {lower, failed.zero_()};
-  int64_t count = lift.numel(), r = gram.size(-1);
-  Grams grams{count, r, pointer<float>(gs), pointer<float>(ls),
-              static_cast<float*>(lower.mutable_data_ptr()),
-              static_cast<bool*>(failed.mutable_data_ptr())};
-  factor_grams(grams, threads_for(count * r * r * r / 6));
-  return {lower, failed};
-}
-
-// right (L L^T)^-1 by rows: lower L (..., r, r), right (..., rows, r).
-at::Tensor solve_factored(const at::Tensor& lower, const at::Tensor& right) {
-  int64_t dims = lower.dim(), r = right.size(-1);
-  TORCH_CHECK(dims >= 2 && right.dim() == dims && lower.size(-1) == r && lower.size(-2) == r &&
-                  lower.sizes().slice(0, dims - 2) == right.sizes().slice(0, dims - 2) &&
-                  lower.scalar_type() == at::kFloat && right.scalar_type() == at::kFloat,
-              "blastnn::solve_factored: the factor and the right side do not fit together");
-  at::Tensor ls = lower.contiguous(), rs = right.contiguous();
-  at::Tensor x = at::empty(rs.sizes(), rs.options());
-  if (!x.numel()) return x;
-  int64_t rows = right.size(-2), count = x.numel() / (rows * r);
-  Systems systems{count, rows, r, pointer<float>(ls), pointer<float>(rs),
-                  static_cast<float*>(x.mutable_data_ptr())};
-  solve_systems(systems, threads_for(count * rows * r * r));
-  return x;
-}
-
-// own (k, b1, r, r), gram (k, b2, r, r), right and start (k, b1, b2, r).
-at::Tensor descend_couplings(const at::Tensor& own, const at::Tensor& gram, const at::Tensor& right,
-                             const at::Tensor& start, int64_t steps) {
-  bool fits = own.dim() == 4 && gram.dim() == 4 && right.sizes() == start.sizes();
-  for (const at::Tensor& tensor : {own, gram, right, start})
-    fits = fits && tensor.scalar_type() == at::kFloat;
-  if (fits) {
-    int64_t k = own.size(0), r = own.size(3);
-    fits = own.size(2) == r && gram.sizes() == at::IntArrayRef{k, gram.size(1), r, r} &&
-           right.sizes() == at::IntArrayRef{k, own.size(1), gram.size(1), r};
-  }
-  TORCH_CHECK(fits, "blastnn::descend_couplings: the Gram matrices and couplings do not fit together");
-  at::Tensor os = own.contiguous(), gs = gram.contiguous(), rs = right.contiguous(),
-             ss = start.contiguous();
-  at::Tensor s = at::empty(rs.sizes(), rs.options());
-  if (!s.numel()) return s;
-  Couplings couplings{own.size(0), own.size(1), gram.size(1), own.size(3), int(steps),
-                      pointer<float>(os), pointer<float>(gs), pointer<float>(rs),
-                      pointer<float>(ss), static_cast<float*>(s.mutable_data_ptr())};
-  descend_all(couplings, threads_for(s.numel() * own.size(3) * (steps + 1)));
-  return s;
-}
-
-// sum_j (s_ij s_ij^T) * gram_j: gram (k, b2, r, r), couplings (k, b1, b2, r), to (k, b1, r, r).
-at::Tensor weighted_grams(const at::Tensor& gram, const at::Tensor& couplings) {
-  bool fits = gram.dim() == 4 && couplings.dim() == 4 && gram.scalar_type() == at::kFloat &&
-              couplings.scalar_type() == at::kFloat;
-  if (fits) {
-    int64_t k = couplings.size(0), b2 = couplings.size(2), r = couplings.size(3);
-    fits = gram.sizes() == at::IntArrayRef{k, b2, r, r};
-  }
-  TORCH_CHECK(fits, "blastnn::weighted_grams: the Gram matrices and couplings do not fit together");
-  at::Tensor gs = gram.contiguous(), ss = couplings.contiguous();
-  int64_t k = ss.size(0), b1 = ss.size(1), b2 = ss.size(2), r = ss.size(3);
-  at::Tensor total = at::empty({k, b1, r, r}, gs.options());
-  WeightedGrams grams{k, b1, b2, r, pointer<float>(gs), pointer<float>(ss),
-                      static_cast<float*>(total.mutable_data_ptr())};
-  weigh_all(grams, threads_for(ss.numel() * r));
-  return total;
-}
-
-// Causal attention of prompts: q (B, H, T, D) over the first T of k and v (B, H_kv, L, D), whose heads
-// serve H / H_kv of q's each, to (B, T, H, D).
-at::Tensor attend_causally(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           double scale) {
-  bool fits = q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && k.size(0) == q.size(0) &&
-              k.size(2) >= q.size(2) && k.size(3) == q.size(3) && k.size(1) > 0 &&
-              q.size(1) % k.size(1) == 0;
-  for (const at::Tensor& tensor : {q, k, v}) fits = fits && tensor.scalar_type() == at::kFloat;
-  TORCH_CHECK(fits, "blastnn::attend_causally: queries, keys and values do not fit together");
-  auto heads = [](const at::Tensor& tensor) {
-    return Heads{pointer<float>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-  };
-  auto plain = [](const at::Tensor& tensor) {
-    return tensor.stride(3) == 1 ? tensor : tensor.contiguous();
-  };
-  at::Tensor qs = plain(q), ks = plain(k), vs = plain(v);
-  int64_t batch = q.size(0), count = q.size(1), tokens = q.size(2), width = q.size(3);
-  at::Tensor y = at::empty({batch, tokens, count, width}, q.options());
-  if (!y.numel()) return y;
-  Attention attention{batch, count, k.size(1), tokens, width, float(scale), heads(qs),
-                      heads(ks), heads(vs), static_cast<float*>(y.mutable_data_ptr())};
-  attend_all(attention, threads_for(batch * count * tokens * tokens * width));
-  return y;
-}
-
 }  // namespace
 
 // `blast` gets its gradients in Python, which costs microseconds a call even where nobody wants any.
@@ -307,12 +189,14 @@ TORCH_LIBRARY(blastnn, library) {
   library.def(
       "quantized_into(Tensor x, Tensor U, Tensor U_scale, Tensor? S, Tensor V, Tensor V_scale, "
       "int bits, int group, Tensor(a!) y) -> ()");
-  library.def("factor(Tensor gram, Tensor lift) -> (Tensor, Tensor)");
+  library.def("factor(Tensor gram, float[] ridge) -> (Tensor, Tensor)");
   library.def("solve_factored(Tensor lower, Tensor right) -> Tensor");
   library.def(
       "descend_couplings(Tensor own, Tensor gram, Tensor right, Tensor start, int steps) -> Tensor");
   library.def("attend_causally(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
   library.def("weighted_grams(Tensor gram, Tensor couplings) -> Tensor");
+  library.def("paired_sums(Tensor products, Tensor factors) -> Tensor");
+  library.def("add_coupled(Tensor products, Tensor couplings, Tensor(a!) total) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
@@ -328,4 +212,6 @@ TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
   library.impl("descend_couplings", &descend_couplings);
   library.impl("attend_causally", &attend_causally);
   library.impl("weighted_grams", &weighted_grams);
+  library.impl("paired_sums", &paired_sums);
+  library.impl("add_coupled", &add_coupled);
 }

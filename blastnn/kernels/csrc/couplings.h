@@ -26,6 +26,17 @@ inline float dot(const float* a, const float* b, long r) {
   return sum_of(lanes) + rest;
 }
 
+// total += a * b, elementwise
+inline void add_product(const float* a, const float* b, float* total, long r) {
+  long k = 0;
+  for (; k + W <= r; k += W) {
+    Vec sum = load(total + k);
+    add(sum, load(a + k), load(b + k));
+    store(total + k, sum);
+  }
+  for (; k < r; ++k) add(total[k], a[k], b[k]);
+}
+
 // y = (own * gram) x
 inline void times(const float* own, const float* gram, const float* x, float* y, long r) {
   for (long t = 0; t < r; ++t, own += r, gram += r) {
@@ -114,5 +125,40 @@ inline void weigh_all(const WeightedGrams& a, int threads) {
   in_parallel(threads, [&](int thread, int parts, auto) {
     Range mine = share(a.problems * a.b1 * a.r, 1, thread, parts);
     for (long k = mine.from; k < mine.to; ++k) weigh_row(a, k / a.r, k % a.r, a.total + k * a.r);
+  });
+}
+
+// X_ij = A_ij^T U_i of all pairs, larger than a cache: read once for each sum.
+struct Products {
+  long problems, b1, b2, q, r;
+  const float* x;  // (problems, b1, b2, q, r)
+};
+
+// sums (problems, b1, b2, r) = sum over q of X_ij times the factors (problems, b2, q, r).
+inline void sum_pairs(const Products& a, const float* factors, float* sums, int threads) {
+  in_parallel(threads, [&](int thread, int parts, auto) {
+    Range mine = share(a.problems * a.b1 * a.b2, 1, thread, parts);
+    for (long pair = mine.from; pair < mine.to; ++pair) {
+      long problem = pair / (a.b1 * a.b2);
+      const float* x = a.x + pair * a.q * a.r;
+      const float* v = factors + (problem * a.b2 + pair % a.b2) * a.q * a.r;
+      float* to = sums + pair * a.r;
+      std::fill_n(to, a.r, 0.0f);
+      for (long row = 0; row < a.q; ++row, x += a.r, v += a.r) add_product(x, v, to, a.r);
+    }
+  });
+}
+
+// total (problems, b2, q, r) += sum over i of X_ij times the couplings (problems, b1, b2, r).
+inline void add_weighted(const Products& a, const float* s, float* total, int threads) {
+  in_parallel(threads, [&](int thread, int parts, auto) {
+    Range mine = share(a.problems * a.b2 * a.q, 1, thread, parts);
+    for (long k = mine.from; k < mine.to; ++k) {
+      long row = k % a.q, j = k / a.q % a.b2, problem = k / (a.q * a.b2);
+      for (long i = 0; i < a.b1; ++i) {
+        long pair = (problem * a.b1 + i) * a.b2 + j;
+        add_product(a.x + (pair * a.q + row) * a.r, s + pair * a.r, total + k * a.r, a.r);
+      }
+    }
   });
 }

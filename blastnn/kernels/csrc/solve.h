@@ -7,6 +7,8 @@
 // side. L is lower triangular, G = L L^T, and solving x G = b by rows is z L^T = b, then x L = z.
 #pragma once
 
+#include <limits>
+
 #include "panel.h"
 #include "product.h"
 
@@ -132,11 +134,19 @@ inline void solve_systems(const Systems& a, int threads) {
 
 struct Grams {
   long count, r;
-  const float* gram;  // (count, r, r), symmetric
-  const float* lift;  // (count), added to the diagonal
-  float* lower;       // (count, r, r), zeros above the diagonal
-  bool* failed;       // (count): not positive definite; its factor is then of no use
+  const float* gram;    // (count, r, r), symmetric
+  const double* ridge;  // (problems), relative to the mean of a diagonal
+  long of_each;         // matrices of one problem
+  float* lower;         // (count, r, r), zeros above the diagonal
+  bool* failed;         // (count): not positive definite; its factor is then of no use
 };
+
+// What is added to one diagonal: its problem's share of its mean, and a little more than nothing.
+inline float lift_of(const Grams& a, long system) {
+  double sum = 0.0;
+  for (long t = 0; t < a.r; ++t) sum += a.gram[(system * a.r + t) * a.r + t];
+  return float(sum / a.r * a.ridge[system / a.of_each]) + std::numeric_limits<float>::min();
+}
 
 // The factor of one block's own square (width x width of stride PANEL) in place; whether there is one.
 inline bool factor_square(float* square, int width) {
@@ -163,8 +173,8 @@ inline bool factor_square(float* square, int width) {
 // The rows of L below and at one block, from those columns of L that are there already, by a team
 // of threads. Memory of the team: 2 PANEL (r + PANEL).
 template <class Barrier>
-bool factor_block(const Grams& a, long system, long block, float* memory, int member, int team,
-                  const Barrier& barrier) {
+bool factor_block(const Grams& a, long system, float lift, long block, float* memory, int member,
+                  int team, const Barrier& barrier) {
   PackedTriangle triangle{a.r};
   long r = a.r, from = block * PANEL;
   int width = triangle.width(block);
@@ -180,7 +190,7 @@ bool factor_block(const Grams& a, long system, long block, float* memory, int me
   for (long t = mine.from; t < mine.to; ++t)
     for (int c = 0; c < PANEL; ++c) {
       float value = c < width ? gram[(from + t) * r + from + c] : 0.0f;
-      if (c == t) value += a.lift[system];
+      if (c == t) value += lift;
       left[t * PANEL + c] = from ? value - left[t * PANEL + c] : value;
     }
   barrier();
@@ -212,8 +222,10 @@ inline void factor_grams(const Grams& a, int threads) {
     auto factor = [&](float* own, int member, int team, auto wait) {
       for (long system = mine.from; system < mine.to; ++system) {
         if (!member) a.failed[system] = false;
+        float lift = lift_of(a, system);
         long block = 0;
-        while (block < blocks && factor_block(a, system, block, own, member, team, wait)) ++block;
+        while (block < blocks && factor_block(a, system, lift, block, own, member, team, wait))
+          ++block;
       }
     };
     alone ? factor(memory + thread * floats, 0, 1, [] {})
