@@ -145,11 +145,13 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt."""
+    from blastnn.allocator import keep_freed_memory
     from blastnn.evaluate.generate import continue_text
     from blastnn.evaluate.score import open_any
     from blastnn.integrations.transformers import load_model
     from blastnn.models.source import load_tokenizer
 
+    keep_freed_memory()
     path = open_any(folder)
     model, tokenizer = load_model(path), load_tokenizer(path)
     answer = continue_text(
@@ -217,11 +219,13 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Speed, memory and energy of a model beside the dense one, and the most that is possible."""
+    from blastnn.allocator import keep_freed_memory
     from blastnn.display import print_bench
     from blastnn.evaluate.bench import bench as measure
     from blastnn.evaluate.bench_picture import draw
     from blastnn.files import write_json, write_text
 
+    keep_freed_memory()
     report = measure(folder, against, choices.options(), say=_note)
     if output is not None:
         write_json(output, report)

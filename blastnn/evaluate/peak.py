@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from blastnn.allocator import keep_freed_memory
 from blastnn.evaluate.engine import open_engine
 from blastnn.files import read_json, write_json
 from blastnn.integrations.transformers import load_model
@@ -73,4 +74,5 @@ def _peak_resident() -> int | None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the process does that generates
     write_json(Path(sys.argv[2]), measure(read_json(Path(sys.argv[1]))))
