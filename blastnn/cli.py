@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from blastnn.choices import BenchChoices, JobChoices, PlanChoices, SweepChoices, unpacked
+from blastnn.compress.options import SCORED_TOKENS
 from blastnn.compress.report import DEFAULT_TOKENS
 from blastnn.errors import BlastnnError, PlanError
 from blastnn.version import __version__
@@ -35,7 +36,10 @@ def compress(
     output: Annotated[Path | None, typer.Option(help="folder to write to")] = None,
     calibration: Calibration = None,
     text: Annotated[list[str] | None, typer.Option(help="text to measure on; repeatable")] = None,
-    scored_tokens: ScoredTokens = DEFAULT_TOKENS,
+    scored_tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", help="tokens of each text to score; default: 16384, fast 4096"),
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="plan file written by blastnn plan")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a stopped job")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only; reads no weight")] = False,
@@ -64,7 +68,7 @@ def compress(
             options=options,
             calibration=texts,
             texts=text,
-            tokens=scored_tokens,
+            tokens=SCORED_TOKENS[choices.preset] if scored_tokens is None else scored_tokens,
             plan=plan,
             resume=resume,
             progress=progress,
@@ -108,6 +112,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity on texts and accuracy on zero-shot tasks, the dense model first."""
+    from blastnn.allocator import keep_freed_memory
     from blastnn.display import print_json, print_scores, print_tasks, task_progress
     from blastnn.evaluate.score import score_models
     from blastnn.evaluate.tasks import check_request, compare_tasks
@@ -116,6 +121,7 @@ def evaluate(
         raise PlanError("give --text FILE, --task NAME, or both")
     if task:
         check_request(task, limit)
+    keep_freed_memory()
     scores = score_models(folder, against, text, scored_tokens, window) if text else {}
     if text and not as_json:
         print_scores(scores)

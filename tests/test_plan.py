@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from blastnn.compress.options import PRESETS, Options
+from blastnn.compress.options import PRESETS, SCORED_TOKENS, Options
 from blastnn.compress.plan import (
     OUTSIDE,
     UNTARGETED,
@@ -331,6 +331,10 @@ def test_an_unknown_dtype_is_refused():
 def test_an_unknown_structure_is_refused():
     with pytest.raises(StructureError, match="none such.*blast"):
         Options(structure="none such")
+
+
+def test_every_preset_says_how_much_text_is_scored():
+    assert set(SCORED_TOKENS) == set(PRESETS)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

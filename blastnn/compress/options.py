@@ -187,6 +187,10 @@ IMPLIED: dict[str, dict[str, Any]] = {
     },
 }
 
+# Tokens of each text that a job scores at its end where the user does not say: what is to be fast
+# must not spend half of its time on being judged.
+SCORED_TOKENS = {"fast": 4096, "default": 16384, "best": 16384}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"blocks": (8, 8), "sweeps": 10, "tokens": 12288, "gradient_windows": 4},
     "default": {"blocks": (8, 8)},

@@ -24,6 +24,7 @@ from blastnn.compress.measured import (
     why_unmeasured,
 )
 from blastnn.compress.memory_use import HOW
+from blastnn.compress.options import SCORED_TOKENS
 from blastnn.compress.plan import ALLOCATED, IN_BUDGET, LayerPlan
 from blastnn.compress.run import RunOutcome
 from blastnn.errors import BlastnnError
@@ -35,7 +36,7 @@ FORMAT = "blastnn-report/1"
 JSON, HTML = "report.json", "report.html"
 NO_DATA = "no calibration text: the factorisation did not look at the model's inputs"
 NO_TEXT = "no text was given (--text FILE)"
-DEFAULT_TOKENS = 16384
+DEFAULT_TOKENS = SCORED_TOKENS["default"]
 
 
 def write_report(

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blastnn.allocator import keep_freed_memory
 from blastnn.evaluate.generate import continue_text
 from blastnn.evaluate.perplexity import PROTOCOL, cosine_agreement, perplexity
 from blastnn.evaluate.probe import matches
@@ -85,4 +86,5 @@ def _sample(models: Models, tokenizer: PreTrainedTokenizerBase) -> dict[str, str
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     write_json(Path(sys.argv[2]), compare(read_json(Path(sys.argv[1]))))
