@@ -99,6 +99,13 @@ Coupled = Annotated[
         "--coupled", help="prune attention heads and MLP channels whole (--structure channels)"
     ),
 ]
+Refit = Annotated[
+    bool | None,
+    typer.Option(
+        "--refit/--no-refit",
+        help="let layers that stay dense repair what the layers before them got wrong",
+    ),
+]
 Strict = Annotated[
     bool | None,
     typer.Option(
@@ -171,6 +178,7 @@ class JobChoices(_FitChoices, PlanChoices):
     inputs: Inputs = None
     moment: Moment = None
     drift: Drift = None
+    refit: Refit = None
     refine: Refine = None
     allocation: Allocation = None
     outputs: Outputs = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan
 from blastnn.compress.pruning import choose_kept
 from blastnn.compress.refine import BlockError, Refined, refine
+from blastnn.compress.refit import refit, to_refit
 from blastnn.compress.streams import OpenBlock, Streams
 from blastnn.errors import FactorizationError
 from blastnn.models.walk import Call
@@ -33,6 +34,7 @@ KEEP = "keep it dense"  # what happens to it, unless that is refused
 class LayerRecord:
     """What happened to one linear layer; a row of the report.
 
+    ``refitted`` is one that stays dense with a weight that repairs what came before (``refit.py``).
     ``tokens`` is how many it was fitted to; None where it was not fitted to data.
     """
 
@@ -42,6 +44,7 @@ class LayerRecord:
     relative_error: float | None = None
     error_before_quantization: float | None = None
     weighted_outputs: bool = False
+    refitted: bool = False
     tokens: int | None = None
     seconds: float | None = None
     solver: str | None = None
@@ -109,7 +112,9 @@ class BlockCompressor:
         start = time.perf_counter()
         prefix = plans[0].name.removesuffix(plans[0].kind) if plans else ""
         opened = OpenBlock(dense, calls, streams, prefix)
-        groups = opened.groups([plan.kind for plan in plans if plan.spec is not None])
+        refits = [] if streams is None else to_refit(plans, self.options)
+        wanted = [plan for plan in plans if plan.spec is not None or plan in refits]
+        groups = opened.groups([plan.kind for plan in wanted])
         records = {p.kind: LayerRecord(p.name, "kept", p.reason) for p in plans if p.spec is None}
         unreached = self._unreached(plans, groups)
         solving = self._fit(opened, plans, groups, outputs, records)
@@ -156,7 +161,12 @@ class BlockCompressor:
             seen = {kind: m for group, m in known if m is not None for kind in group.layers}
             kept = choose_kept(opened.dense, plans, seen, outputs)
         for group, moments in known:
-            for bundle in _bundles([by_kind[kind] for kind in group.layers]):
+            members = [by_kind[kind] for kind in group.layers]
+            for plan in members:
+                if plan.spec is None and moments is not None:
+                    records[plan.kind] = self._refit(opened.block, plan, moments)
+                    solving += records[plan.kind].seconds or 0.0
+            for bundle in _bundles([plan for plan in members if plan.spec is not None]):
                 for plan, record in self._replace(opened.block, bundle, moments, outputs, kept):
                     records[plan.kind] = record
                     solving += record.seconds or 0.0
@@ -208,6 +218,19 @@ class BlockCompressor:
             record = LayerRecord(plan.name, "compressed", seconds=seconds, **fields)
             records.append((plan, record))
         return records
+
+    def _refit(self, block: nn.Module, plan: LayerPlan, moments: Moments) -> LayerRecord:
+        """Let a layer that stays dense repair what it can."""
+        start = time.perf_counter()
+        try:
+            done = refit(block.get_submodule(plan.kind), moments, self.options, self.dtype)
+        except FactorizationError as error:
+            raise FactorizationError(f"layer {plan.name}: {error}") from error
+        record = LayerRecord(plan.name, "kept", plan.reason)
+        if not done:
+            return record
+        seconds = time.perf_counter() - start
+        return replace(record, refitted=True, tokens=moments.tokens, seconds=seconds)
 
     def _refine(self, opened: OpenBlock, streams: Streams, leaving: Tensor) -> Refined | None:
         """All factors of a block together, the dense stream already behind it."""

@@ -108,6 +108,8 @@ def _cells(layer: Layer, worst: float) -> list[object]:
 def _status(layer: Layer) -> Html:
     status = plain(layer.get("status") or "unknown")
     mark = "status" if status == "compressed" else "status kept"
+    if layer.get("refitted"):
+        status = join((status, ", refitted"))
     reason = layer.get("reason")
     why = element("small", plain(reason)) if reason else ""
     return join((element("span", status, class_=mark), why))

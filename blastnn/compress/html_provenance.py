@@ -61,6 +61,7 @@ def sensitivity_section(report: Report) -> Html:
         ("Layers kept dense for it", count(part(found, "kept_dense"))),
         ("Outputs", f"all count alike: {equal}" if equal else "weighted by their gradients"),
         ("Layers with weighted outputs", count(part(found, "weighted_layers"))),
+        ("Layers that stay dense, refitted", count(part(found, "refitted_layers"))),
         ("Windows measured", count(part(found, "windows"))),
         ("Refinement", _refinement(report)),
     ]

@@ -58,6 +58,8 @@ class Options:
         coupled: whether attention heads and MLP channels are pruned whole (``pruning.py``).
         joint: whether layers that read the same input share their right factor (``sharing.py``);
             with the structures of ``JOINED``.
+        refit: whether targeted layers that stay dense get weights that repair what those before
+            them got wrong (``refit.py``); with ``inputs`` ``compressed`` and ``moment`` ``full``.
         strict: whether a layer of which the calibration text tells nothing is refused; otherwise it
             stays dense (never reached) or is fitted without data (only zeros), and the report says
             so.
@@ -88,6 +90,7 @@ class Options:
     gradient_windows: int = 8
     coupled: bool = False
     joint: bool = False
+    refit: bool = True
     strict: bool = True
     allow_slower: bool = False
 

@@ -56,6 +56,13 @@ class LayerPlan:
         return self.dense_params if self.spec is None else self.stored.num_params
 
     @property
+    def stays_dense(self) -> bool:
+        """Whether it is a target and stays dense all the same."""
+        return self.reason is not None and (
+            self.reason in IN_BUDGET or self.reason.startswith(SLOWER)
+        )
+
+    @property
     def stored(self) -> StoredLayer:
         """What is stored of a layer that is compressed."""
         assert self.spec is not None

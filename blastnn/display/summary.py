@@ -35,6 +35,11 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
             f"budget shared out by measurement on {measured_first['windows']} windows; "
             f"{measured_first['kept_dense']} layers stay dense for it"
         )
+    if measured_first["refitted_layers"]:
+        console.print(
+            f"{measured_first['refitted_layers']} layers that stay dense got weights that repair "
+            "what the layers before them got wrong"
+        )
     if report.get("refinement"):
         refinement = report["refinement"]
         console.print(

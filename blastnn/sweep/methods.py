@@ -8,6 +8,7 @@ Ours:
 - ``blast-equal``: the same, every output of a layer counting alike.
 - ``blast-refined``: the same, the factors of every finished block refined together.
 - ``blast-own``: the same, no layer repairing more than its own error.
+- ``blast-unrefitted``: the same, layers that stay dense keeping their weights.
 - ``blast-uniform``: the same, with the same share of the budget for every layer.
 - ``blast-stacked``: ``blast-uniform``, but query, key and value, and gate and up, share a right
   factor. A product then does not become faster with the layer's parameters: for comparison alone.
@@ -76,7 +77,7 @@ class Method:
 _UNIFORM = {"allocation": "uniform"}
 _EQUAL = {"outputs": "equal"}
 _UNREFINED = {"refine": 0}
-_PLAIN = {"drift": 0.0, **_UNREFINED, **_UNIFORM, **_EQUAL}
+_PLAIN = {"drift": 0.0, "refit": False, **_UNREFINED, **_UNIFORM, **_EQUAL}
 # Whitened SVD is better with this than with 5e-2, which ``blast`` does best with (docs/log.md).
 _DAMPING = 1e-4
 _LOW_RANK = {
@@ -126,6 +127,11 @@ METHODS: dict[str, Method] = {
             "blast-own",
             "BLAST, layers repair their own errors alone, not the stream's drift",
             {"structure": "blast", "drift": 0.0},
+        ),
+        Method(
+            "blast-unrefitted",
+            "BLAST, layers that stay dense keep their weights",
+            {"structure": "blast", "refit": False},
         ),
         Method(
             "blast-free",
