@@ -21,7 +21,7 @@ from blastnn.factorize import shifted_target
 from blastnn.models.linears import dense_weight
 
 # Of the inputs' second moment, relative to its mean diagonal.
-RIDGE = 0.3
+RIDGE = 1.0
 
 
 def to_refit(plans: Sequence[LayerPlan], options: Options) -> list[LayerPlan]:
