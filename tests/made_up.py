@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TEXT = Path(__file__).parents[1] / "LICENSE"
@@ -105,3 +106,13 @@ def make_folder(folder: Path, family: str = "llama", **changes: object) -> Path:
     make_model(family, **changes).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def inputs_of(model: nn.Module, name: str, ids: Tensor) -> Tensor:
+    """The inputs ``(tokens, n)`` of a module, float64, the whole model run window after window."""
+    found: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: found.append(x[0]))
+    for window in ids.split(1):
+        model(window)
+    hook.remove()
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in found]).double()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from blastnn.compress.job import Job, prepare_job
 from blastnn.compress.options import Options
@@ -17,7 +16,7 @@ from blastnn.compress.run import RunOutcome, run_job
 from blastnn.files import write_json
 from blastnn.integrations.transformers import load_model
 from blastnn.models.linears import dense_weight
-from tests.made_up import TEXT, make_folder
+from tests.made_up import TEXT, inputs_of, make_folder
 
 CHOICES = {"keep": 0.5, "structure": "lowrank", "tokens": 512, "window": 64, "allow_slower": True}
 # Of a block: a layer, and the module whose input its output is added up to, if any.
@@ -47,16 +46,6 @@ def compressed(folder: Path, family: str, reason: str, **choices: object) -> tup
     write_json(folder / "plan.json", plan)
     job = prepare_job(dense, options, [str(TEXT)], folder / "plan.json")
     return job, run_job(job, folder / "small")
-
-
-def inputs_of(model: nn.Module, name: str, ids: Tensor) -> Tensor:
-    """The inputs ``(tokens, n)`` of a module, window after window."""
-    found: list[Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: found.append(x[0]))
-    for window in ids.split(1):
-        model(window)
-    hook.remove()
-    return torch.cat([x.reshape(-1, x.shape[-1]) for x in found]).double()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from blastnn.factorize import factorize
 from blastnn.models.linears import find_linears
 from blastnn.models.skeleton import find_blocks
 from blastnn.models.walk import Call, capture_input, record_calls
-from tests.made_up import make_model
+from tests.made_up import inputs_of, make_model
 
 IDS = torch.arange(4 * 64).view(4, 64) * 7 % 250
 
@@ -53,16 +53,6 @@ def test_sums_are_found_by_looking(family: str, expected: dict[str, str]) -> Non
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
-def inputs_of(model: nn.Module, name: str) -> Tensor:
-    """The inputs ``(tokens, n)`` of a module in one forward pass of a whole model."""
-    found: list[Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: found.append(x[0]))
-    for ids in IDS.split(1):
-        model(ids)
-    hook.remove()
-    return torch.cat([x.reshape(-1, x.shape[-1]) for x in found]).double()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("drift", [0.0, 0.5, 1.0])
 def test_a_layer_repairs_the_stream(drift: float) -> None:
@@ -81,9 +71,9 @@ def test_a_layer_repairs_the_stream(drift: float) -> None:
         **choices,
     ).model
     fitted, weight = small.get_submodule(layer), model.get_submodule(layer).weight.double()
-    x, now = inputs_of(model, layer), inputs_of(small, layer)
-    stream = inputs_of(model, behind) - x @ weight.T
-    stream_now = inputs_of(small, behind) - now @ fitted.to_dense().double().T
+    x, now = inputs_of(model, layer, IDS), inputs_of(small, layer, IDS)
+    stream = inputs_of(model, behind, IDS) - x @ weight.T
+    stream_now = inputs_of(small, behind, IDS) - now @ fitted.to_dense().double().T
     wanted = x @ weight.T + drift * (stream - stream_now)
     moment = now.T @ now / len(now)
     amount = 1e-3 * moment.diagonal().mean() * torch.eye(len(moment)).double()
