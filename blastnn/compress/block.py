@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -164,8 +165,9 @@ class BlockCompressor:
             members = [by_kind[kind] for kind in group.layers]
             for plan in members:
                 if plan.spec is None and moments is not None:
-                    records[plan.kind] = self._refit(opened.block, plan, moments)
-                    solving += records[plan.kind].seconds or 0.0
+                    record = self._refit(opened.block, plan, moments, records[plan.kind])
+                    records[plan.kind] = record
+                    solving += record.seconds or 0.0
             for bundle in _bundles([plan for plan in members if plan.spec is not None]):
                 for plan, record in self._replace(opened.block, bundle, moments, outputs, kept):
                     records[plan.kind] = record
@@ -205,11 +207,9 @@ class BlockCompressor:
         """Fit layers that go together and put the structured layers in their places."""
         start = time.perf_counter()
         olds = [block.get_submodule(plan.kind) for plan in bundle]
-        try:
-            weights, stay = ([of.get(plan.kind) for plan in bundle] for of in (outputs, kept))
+        weights, stay = ([of.get(plan.kind) for plan in bundle] for of in (outputs, kept))
+        with _naming(bundle[0]):
             fitted = fit_layers(olds, bundle, moments, weights, stay, self.options, self.dtype)
-        except FactorizationError as error:
-            raise FactorizationError(f"layer {bundle[0].name}: {error}") from error
         seconds = (time.perf_counter() - start) / len(bundle)
         records = []
         for plan, (layer, fields) in zip(bundle, fitted, strict=True):
@@ -219,14 +219,13 @@ class BlockCompressor:
             records.append((plan, record))
         return records
 
-    def _refit(self, block: nn.Module, plan: LayerPlan, moments: Moments) -> LayerRecord:
-        """Let a layer that stays dense repair what it can."""
+    def _refit(
+        self, block: nn.Module, plan: LayerPlan, moments: Moments, record: LayerRecord
+    ) -> LayerRecord:
+        """Let a layer that stays dense repair what it can; its record, which says so."""
         start = time.perf_counter()
-        try:
+        with _naming(plan):
             done = refit(block.get_submodule(plan.kind), moments, self.options, self.dtype)
-        except FactorizationError as error:
-            raise FactorizationError(f"layer {plan.name}: {error}") from error
-        record = LayerRecord(plan.name, "kept", plan.reason)
         if not done:
             return record
         seconds = time.perf_counter() - start
@@ -241,6 +240,15 @@ class BlockCompressor:
         if refined is not None:
             self.progress.refined(name, refined)
         return refined
+
+
+@contextmanager
+def _naming(plan: LayerPlan) -> Iterator[None]:
+    """Errors of a fit name the layer."""
+    try:
+        yield
+    except FactorizationError as error:
+        raise FactorizationError(f"layer {plan.name}: {error}") from error
 
 
 def _bundles(plans: Sequence[LayerPlan]) -> list[list[LayerPlan]]:

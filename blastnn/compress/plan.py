@@ -56,11 +56,14 @@ class LayerPlan:
         return self.dense_params if self.spec is None else self.stored.num_params
 
     @property
+    def given_up(self) -> bool:
+        """Whether it is a target, but any structure would be slower."""
+        return self.reason is not None and self.reason.startswith(SLOWER)
+
+    @property
     def stays_dense(self) -> bool:
         """Whether it is a target and stays dense all the same."""
-        return self.reason is not None and (
-            self.reason in IN_BUDGET or self.reason.startswith(SLOWER)
-        )
+        return self.reason in IN_BUDGET or self.given_up
 
     @property
     def stored(self) -> StoredLayer:
@@ -97,7 +100,7 @@ class Plan:
     @property
     def given_up(self) -> tuple[LayerPlan, ...]:
         """Targeted layers that stay dense because any structure would be slower."""
-        return tuple(la for la in self.layers if (la.reason or "").startswith(SLOWER))
+        return tuple(layer for layer in self.layers if layer.given_up)
 
     @property
     def target_params(self) -> tuple[int, int]:
