@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from blastnn.allocator import keep_freed_memory
 from blastnn.choices import BenchChoices, JobChoices, PlanChoices, SweepChoices, unpacked
 from blastnn.compress.options import SCORED_TOKENS
 from blastnn.compress.report import DEFAULT_TOKENS
@@ -112,7 +113,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity on texts and accuracy on zero-shot tasks, the dense model first."""
-    from blastnn.allocator import keep_freed_memory
     from blastnn.display import print_json, print_scores, print_tasks, task_progress
     from blastnn.evaluate.score import score_models
     from blastnn.evaluate.tasks import check_request, compare_tasks
@@ -151,7 +151,6 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt."""
-    from blastnn.allocator import keep_freed_memory
     from blastnn.evaluate.generate import continue_text
     from blastnn.evaluate.score import open_any
     from blastnn.integrations.transformers import load_model
@@ -225,7 +224,6 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Speed, memory and energy of a model beside the dense one, and the most that is possible."""
-    from blastnn.allocator import keep_freed_memory
     from blastnn.display import print_bench
     from blastnn.evaluate.bench import bench as measure
     from blastnn.evaluate.bench_picture import draw
