@@ -1,15 +1,18 @@
-"""Freed memory that is kept: fewer pages are mapped anew, and what the user chose stays."""
+"""Freed memory: kept by the process, and found by the collector."""
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
 import sys
+import weakref
 
 import pytest
 
 from blastnn.allocator import CHOSEN_BY_USER
+from blastnn.compress.memory_use import give_memory_back, objects_at_rest
 
 # Activations of 6 MiB, four at a time, as in a model's layers; prints the pages mapped meanwhile.
 LAYERS = """
@@ -45,3 +48,34 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise():
     assert kept < usual / 10
     said, _ = run("keep", MALLOC_TRIM_THRESHOLD_="1000000")
     assert said == "False"
+
+
+class Cycle:
+    """Garbage that only the collector sees."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_garbage_made_while_objects_are_at_rest_is_collected() -> None:
+    older = Cycle()
+    before = weakref.ref(older)
+    with objects_at_rest():
+        del older
+        meanwhile = weakref.ref(Cycle())
+        give_memory_back()
+        assert before() is not None
+        assert meanwhile() is None
+    give_memory_back()
+    assert before() is None
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_caller_has_put_to_rest_stays_so() -> None:
+    gc.freeze()
+    try:
+        with objects_at_rest():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

@@ -22,7 +22,7 @@ from blastnn.compress.head import compress_head
 from blastnn.compress.job import Job
 from blastnn.compress.journal import Journal, Lock
 from blastnn.compress.measured import block_weight, forget, outputs_of, settle
-from blastnn.compress.memory_use import PeakMemory, give_memory_back
+from blastnn.compress.memory_use import PeakMemory, give_memory_back, objects_at_rest
 from blastnn.compress.streams import Streams
 from blastnn.compress.writer import Writer
 from blastnn.errors import ResumeError
@@ -48,7 +48,7 @@ def run_job(job: Job, output: Path, resume: bool = False) -> RunOutcome:
         OSError: the disk is full or the folder not writable; what was finished stays resumable.
     """
     journal = Journal.open(output, job.identity(), resume)
-    with Lock(output), PeakMemory() as memory:
+    with Lock(output), objects_at_rest(), PeakMemory() as memory:
         job.plan = settle(job, journal)
         if journal.weights_done:
             return RunOutcome(journal, None, already_finished=True)

@@ -154,14 +154,15 @@ class LayerSum:
         more_gradients = gradient_ridge * self._gradient_power
         weight = self._weight.double()
         identity = torch.eye(len(self._forward)).double()
+        # Of the two, that with the plain ridge is far from singular: its root is a triangle.
         if self._by_outputs:
-            forward = self._forward + more_inputs * weight @ weight.mT
-            backward = self._backward + more_gradients * identity
+            outer = self._backward + more_gradients * identity
+            inner = self._forward + more_inputs * weight @ weight.mT
         else:
-            forward = self._forward + more_inputs * identity
-            backward = self._backward + more_gradients * weight.mT @ weight
-        root, other = root_of(forward / self._tokens), backward / self._tokens
-        values = torch.linalg.eigvalsh(root.mT @ other @ root)
+            outer = self._forward + more_inputs * identity
+            inner = self._backward + more_gradients * weight.mT @ weight
+        root = root_of(outer / self._tokens)
+        values = torch.linalg.eigvalsh(root.mT @ (inner / self._tokens) @ root)
         return [float(value) for value in values.clamp(min=0.0).flip(0)]
 
 

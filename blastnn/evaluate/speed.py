@@ -17,7 +17,7 @@ DECODE_TOKENS = 16
 
 
 def compare_speed(
-    dense: PreTrainedModel, compressed: PreTrainedModel, ids: Tensor, rounds: int = 5
+    dense: PreTrainedModel, compressed: PreTrainedModel, ids: Tensor, rounds: int = 3
 ) -> dict[str, Any]:
     """Tokens per second for a prompt ``ids (1, window)`` and for decoding behind 32 of its tokens.
 
