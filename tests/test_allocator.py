@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 
 import pytest
 
@@ -57,6 +58,16 @@ class Cycle:
         self.itself = self
 
 
+@pytest.fixture
+def nothing_at_rest() -> Iterator[None]:
+    """As in a program: what is said in conftest.py holds again afterwards."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_at_rest")
 def test_garbage_made_while_objects_are_at_rest_is_collected() -> None:
     older = Cycle()
     before = weakref.ref(older)
@@ -72,10 +83,7 @@ def test_garbage_made_while_objects_are_at_rest_is_collected() -> None:
 
 
 def test_what_the_caller_has_put_to_rest_stays_so() -> None:
-    gc.freeze()
-    try:
-        with objects_at_rest():
-            pass
-        assert gc.get_freeze_count() > 0
-    finally:
-        gc.unfreeze()
+    assert gc.get_freeze_count() > 0  # conftest.py
+    with objects_at_rest():
+        pass
+    assert gc.get_freeze_count() > 0
