@@ -19,7 +19,7 @@ from blastnn.factorize.als_state import (
 from blastnn.factorize.als_weighted import WeightedSweep
 from blastnn.factorize.scratch import Scratch
 from blastnn.factorize.svd import approximate_low_rank, whitened_svd
-from blastnn.kernels import normal_equations
+from blastnn.kernels import native, normal_equations
 from blastnn.kernels.normal_equations import descend
 from blastnn.structures import Blast
 from tests.matrices import independent_error, moment_of, normal
@@ -64,6 +64,42 @@ def gradients(
 
 NO_RIDGE = [0.0]
 EXACT = [1.0]
+
+
+@pytest.mark.skipif(native.failure() is not None, reason="no C++ compiler")
+@every_spec
+def test_a_sweep_in_one_call_is_that_of_all_rows_one_step_after_the_other(spec):
+    m, n = spec.out_features, spec.in_features
+    weights = [normal(m, n, seed=seed) for seed in (1, 2)]
+    state = State(*(torch.cat(pair) for pair in zip(*_states(spec), strict=True)))
+    omega, ridge = [1.3, 0.8], [1e-2, 3e-2]
+    found, errors = FreeSweep([prepare(w.float(), None) for w in weights], spec).sweep(
+        state.to(torch.float32), omega, ridge
+    )
+    expected, exact = FreeSweep([prepare(w, None) for w in weights], spec).sweep(
+        state, omega, ridge
+    )
+    for mine, theirs in zip(found.tensors(), expected.tensors(), strict=True):
+        assert mine.dtype == torch.float32
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-5 * scale)
+    assert errors == pytest.approx(exact, rel=1e-4)
+
+
+def _states(spec: Blast) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [problem_of(spec, False, seed)[1].tensors() for seed in (1, 2)]
+
+
+@pytest.mark.skipif(native.failure() is not None, reason="no C++ compiler")
+def test_a_sweep_in_one_call_tells_that_a_matrix_has_no_factor():
+    rows, V = normal(1, 2, 3, 8).float(), normal(1, 2, 4, 3, seed=1).float()
+    U, S = normal(1, 2, 3, 3, seed=2).float(), normal(1, 2, 2, 3, seed=3).float()
+    ways = EXACT, [1e-3], 2
+    assert normal_equations.sweep_freely(rows, (U, S, V), *ways) is not None
+    V[0, 0, 0, 0] = float("nan")
+    assert normal_equations.sweep_freely(rows, (U, S, V), *ways) is None
+    with pytest.raises(RuntimeError, match="do not fit together"):
+        normal_equations.sweep_freely(rows, (U, S[:, :1], V), *ways)
 
 
 @every_spec

@@ -8,12 +8,14 @@ A wide matrix is solved transposed, so that ``n`` is the smaller side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from blastnn.factorize.als_state import (
+    SMALLEST_RIDGE,
     State,
     Sweeper,
     multiply,
@@ -28,6 +30,7 @@ from blastnn.kernels.normal_equations import (
     add_coupled,
     descend_couplings,
     paired_sums,
+    sweep_freely,
     weighted_grams,
 )
 from blastnn.structures import Blast
@@ -54,13 +57,25 @@ class FreeSweep(Sweeper):
     ) -> tuple[State, list[float]]:
         """``U``, ``S`` and ``V`` in turn; the new states and their relative errors."""
         inner = state.flipped() if self.wide else state
-        inner, fitted = self._sweep(inner, omega, ridge)
+        inner, fitted = self._at_once(inner, omega, ridge) or self._sweep(inner, omega, ridge)
         result = inner.flipped() if self.wide else inner
         return result, self.errors_from(fitted, result)
+
+    def _at_once(
+        self, state: State, omega: Sequence[float], ridge: Sequence[float]
+    ) -> tuple[State, Tensor] | None:
+        """In one call, where all rows fit into one chunk and nothing special is to be done."""
+        largest = max(math.prod(state.V.shape[:2]) * state.V.shape[3] ** 2, state.V[0].numel())
+        several = len(chunks(state.U.shape[1], largest, state.V.device)) > 1
+        if several or any(each <= SMALLEST_RIDGE[state.V.dtype] for each in ridge):
+            return None
+        found = sweep_freely(self.rows, state.tensors(), omega, ridge, COUPLING_STEPS)
+        return None if found is None else (State(*found[0]), found[1])
 
     def _sweep(
         self, state: State, omega: Sequence[float], ridge: Sequence[float]
     ) -> tuple[State, Tensor]:
+        """Some rows after the other; its oracle, and what is done everywhere else."""
         U, S, V = torch.empty_like(state.U), torch.empty_like(state.S), state.V
         gram = multiply(V.mT, V)  # (k, j, r, t)
         right, normal = torch.zeros_like(V), torch.zeros_like(gram)

@@ -3,6 +3,7 @@
 
 #include "attention_operator.h"
 #include "block_low_rank.h"
+#include "free_sweep.h"
 #include "operators.h"
 #include "quantized.h"
 #include "solver_operators.h"
@@ -197,6 +198,9 @@ TORCH_LIBRARY(blastnn, library) {
   library.def("weighted_grams(Tensor gram, Tensor couplings) -> Tensor");
   library.def("paired_sums(Tensor products, Tensor factors) -> Tensor");
   library.def("add_coupled(Tensor products, Tensor couplings, Tensor(a!) total) -> ()");
+  library.def(
+      "sweep_freely(Tensor rows, Tensor U, Tensor S, Tensor V, float[] omega, float[] ridge, "
+      "int coupling_steps) -> (Tensor, Tensor, Tensor, Tensor, bool)");
 }
 
 TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
@@ -214,4 +218,5 @@ TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
   library.impl("weighted_grams", &weighted_grams);
   library.impl("paired_sums", &paired_sums);
   library.impl("add_coupled", &add_coupled);
+  library.impl("sweep_freely", &sweep_freely);
 }
