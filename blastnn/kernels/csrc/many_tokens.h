@@ -90,7 +90,7 @@ struct Inputs {
 template <class T>
 Inputs inputs_of(const Product<T>& a, long first, long count, int thread, int threads, float* to) {
   if constexpr (std::is_same_v<T, float>)
-    if (a.in_features == a.b2 * a.q && a.in_features % 512)
+    if (a.in_features == a.b2 * a.q && a.in_features % 1024)
       return {a.x + first * a.in_features, a.q, a.in_features};
   long stride = row_stride(a.q);
   split_columns(a, first, count, share(count, 1, thread, threads), to, stride);
@@ -114,20 +114,21 @@ void right_and_couple_tile(const Product<T>& a, const Factors& factors, long tok
     std::copy(z + t * ldz, z + t * ldz + width, w + t * ldw + rank.from);
 }
 
-// y_i = U_i w_i for `count` rows of block row i from row `row` of it on. Whole vectors of float32
-// go straight into y; what is left of a block, or must be rounded, by way of `out`.
+// y_i = U_i w_i for `count` rows of block row i from row `row` of it on: straight into y in float32;
+// what must be rounded by way of `out`.
 template <class T, class Factors>
 void left_tile(const Product<T>& a, const Factors& factors, long first, long tokens, long i,
                long row, long count, const float* w, long ldw, float* panels, float* out) {
   long shown = std::min(count, a.out_features - (i * a.p + row));
+  if (shown <= 0) return;
   T* y = a.y + first * a.out_features + i * a.p + row;
-  bool straight = std::is_same_v<T, float> && shown == count && count % W == 0;
+  constexpr bool straight = std::is_same_v<T, float>;
   float* to = straight ? reinterpret_cast<float*>(y) : out;
   long stride = straight ? a.out_features : ROW_TILE;
   for (long k = 0; k < a.r; k += DEPTH) {
     long depth = std::min(long(DEPTH), a.r - k);
     factors.pack_left(i, row, count, k, depth, panels);
-    multiply(tokens, count, depth, w + i * tokens * ldw + k, ldw, panels, to, stride, k > 0);
+    multiply(tokens, shown, depth, w + i * tokens * ldw + k, ldw, panels, to, stride, k > 0, straight);
   }
   for (long t = 0; !straight && t < tokens; ++t)
     for (long c = 0; c < shown; ++c) put(y + t * a.out_features + c, out[t * ROW_TILE + c]);
@@ -170,6 +171,11 @@ void apart(const Product<T>& a, int threads, const Multiply& multiply) {
   });
 }
 
+// The `tile` columns from `from` on, and one vector more if that is all there is behind them.
+inline Range next_tile(long from, long to, long tile) {
+  return {from, to - from <= tile + W ? to : from + tile};
+}
+
 template <class T, class Factors>
 void many_tokens(const Product<T>& a, const Factors& factors, int threads) {
   if (worth_apart(a, threads))
@@ -178,8 +184,8 @@ void many_tokens(const Product<T>& a, const Factors& factors, int threads) {
   long ldw = row_stride(panels_of(a.r) * PANEL);
   long tile = std::clamp(CACHE / (a.b2 * chunk) / PANEL, 1L, 32L) * PANEL;
   size_t x_size = chunk * a.b2 * row_stride(a.q), w_size = a.b1 * chunk * ldw;
-  size_t z_size = a.b2 * chunk * tile, out_size = chunk * ROW_TILE;
-  size_t panel_size = std::max({DEPTH * ROW_TILE, DEPTH * tile, a.b1 * a.b2 * PANEL});
+  size_t z_size = a.b2 * chunk * (tile + PANEL), out_size = chunk * ROW_TILE;
+  size_t panel_size = std::max({DEPTH * ROW_TILE, DEPTH * (tile + PANEL), a.b1 * a.b2 * PANEL});
   size_t own = z_size + out_size + panel_size;
   float* copy = scratch(x_size + w_size + threads * own);
   float *w = copy + x_size, *rest = w + w_size;
@@ -191,9 +197,10 @@ void many_tokens(const Product<T>& a, const Factors& factors, int threads) {
       Inputs x = inputs_of(a, first, tokens, thread, threads, copy);
       barrier();
       Range rank = share(a.r, PANEL, thread, threads);
-      for (long c = rank.from; c < rank.to; c += tile)
-        right_and_couple_tile(a, factors, tokens, {c, std::min(c + tile, rank.to)}, x, z, panels, w,
-                              ldw);
+      for (Range some{rank.from, rank.from}; some.to < rank.to;) {
+        some = next_tile(some.to, rank.to, tile);
+        right_and_couple_tile(a, factors, tokens, some, x, z, panels, w, ldw);
+      }
       barrier();
       left_panels(a, factors, first, tokens, share(units, 1, thread, threads), w, ldw, panels, out);
       barrier();

@@ -14,64 +14,91 @@
 constexpr int PANEL = 2 * W;
 constexpr int DEPTH = 256;  // of a panel: PANEL * DEPTH floats stay in the first-level cache
 
-template <int ROWS, int VECS>
+// The third vector of a row, if there are three, is the first of the panel behind this one. Of a
+// last vector that is PART of one, `shown` columns are stored.
+template <int ROWS, int VECS, bool PART>
 inline void micro(int depth, const float* __restrict a, long lda, const float* __restrict panel,
-                  float* __restrict c, long ldc, bool accumulate) {
+                  float* __restrict c, long ldc, bool accumulate, int shown) {
   Vec acc[ROWS][VECS] = {};
   // The rows that the next call reads are asked for meanwhile.
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) __builtin_prefetch(a + (ROWS + i) * lda);
+  const float* behind = panel + long(PANEL) * depth;
   for (int k = 0; k < depth; ++k) {
     Vec b[VECS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECS; ++v) b[v] = load(panel + long(k) * PANEL + v * W);
+#pragma GCC unroll 3
+    for (int v = 0; v < VECS; ++v)
+      b[v] = load(v < 2 ? panel + long(k) * PANEL + v * W : behind + long(k) * PANEL);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       Vec value = broadcast(a[i * lda + k]);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int v = 0; v < VECS; ++v) add(acc[i][v], value, b[v]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < VECS; ++v) {
       float* to = c + i * ldc + v * W;
-      store(to, accumulate ? load(to) + acc[i][v] : acc[i][v]);
+      if (PART && v == VECS - 1)
+        store_some(to, accumulate ? load_some(to, shown) + acc[i][v] : acc[i][v], shown);
+      else
+        store(to, accumulate ? load(to) + acc[i][v] : acc[i][v]);
     }
 }
 
-template <int VECS, int ROWS = MAX_ROWS>
+// Rows that VECS vectors each leave registers for.
+template <int VECS>
+constexpr int ROWS_OF = VECS > 2 ? MAX_ROWS * 2 / VECS : MAX_ROWS;
+
+template <int VECS, bool PART, int ROWS = ROWS_OF<VECS>>
 inline void rest_of_rows(int rows, int depth, const float* a, long lda, const float* panel,
-                         float* c, long ldc, bool accumulate) {
+                         float* c, long ldc, bool accumulate, int shown) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS)
-      micro<ROWS, VECS>(depth, a, lda, panel, c, ldc, accumulate);
+      micro<ROWS, VECS, PART>(depth, a, lda, panel, c, ldc, accumulate, shown);
     else
-      rest_of_rows<VECS, ROWS - 1>(rows, depth, a, lda, panel, c, ldc, accumulate);
+      rest_of_rows<VECS, PART, ROWS - 1>(rows, depth, a, lda, panel, c, ldc, accumulate, shown);
   }
 }
 
-// C (tokens, columns <= PANEL) (+)= A (tokens, depth) panel. C has room for whole vectors.
-template <int VECS>
-inline void all_rows(int tokens, int depth, const float* a, long lda, const float* panel, float* c,
-                     long ldc, bool accumulate) {
+// C (tokens, VECS vectors) (+)= A (tokens, depth) panel.
+template <int VECS, bool PART>
+inline void rows_of(int tokens, int depth, const float* a, long lda, const float* panel, float* c,
+                     long ldc, bool accumulate, int shown) {
+  constexpr int ROWS = ROWS_OF<VECS>;
   int done = 0;
-  for (; done + MAX_ROWS <= tokens; done += MAX_ROWS)
-    micro<MAX_ROWS, VECS>(depth, a + done * lda, lda, panel, c + done * ldc, ldc, accumulate);
-  rest_of_rows<VECS>(tokens - done, depth, a + done * lda, lda, panel, c + done * ldc, ldc,
-                     accumulate);
+  for (; done + ROWS <= tokens; done += ROWS)
+    micro<ROWS, VECS, PART>(depth, a + done * lda, lda, panel, c + done * ldc, ldc, accumulate, shown);
+  rest_of_rows<VECS, PART>(tokens - done, depth, a + done * lda, lda, panel, c + done * ldc, ldc,
+                     accumulate, shown);
 }
 
-// C (tokens, columns) (+)= A (tokens, depth) times packed panels, `depth` rows of them.
+template <int VECS>
+inline void all_rows(int tokens, int depth, const float* a, long lda, const float* panel, float* c,
+                     long ldc, bool accumulate, int shown) {
+  if (shown == W)
+    rows_of<VECS, false>(tokens, depth, a, lda, panel, c, ldc, accumulate, W);
+  else
+    rows_of<VECS, true>(tokens, depth, a, lda, panel, c, ldc, accumulate, shown);
+}
+
+// C (tokens, columns) (+)= A (tokens, depth) times packed panels, `depth` rows of them. C has room for
+// whole vectors, unless it is to be `exact`. What one vector holds behind the last whole panel is done
+// with that: by itself it would take as long.
 inline void multiply(int tokens, int columns, int depth, const float* a, long lda,
-                     const float* panels, float* c, long ldc, bool accumulate) {
+                     const float* panels, float* c, long ldc, bool accumulate, bool exact = false) {
   for (int from = 0; from < columns; from += PANEL) {
     const float* panel = panels + long(from) * depth;
-    if (columns - from > W)
-      all_rows<2>(tokens, depth, a, lda, panel, c + from, ldc, accumulate);
+    int left = columns - from;
+    int shown = exact && left <= PANEL + W ? (left - 1) % W + 1 : W;
+    if (left > PANEL && left <= PANEL + W)
+      return all_rows<3>(tokens, depth, a, lda, panel, c + from, ldc, accumulate, shown);
+    if (left > W)
+      all_rows<2>(tokens, depth, a, lda, panel, c + from, ldc, accumulate, shown);
     else
-      all_rows<1>(tokens, depth, a, lda, panel, c + from, ldc, accumulate);
+      all_rows<1>(tokens, depth, a, lda, panel, c + from, ldc, accumulate, shown);
   }
 }
 

@@ -62,6 +62,25 @@ inline Vec load(const BFloat16* from) {
 
 inline void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
 
+// The first `count` of a vector, zeros behind them; no more memory is touched.
+inline Vec load_some(const float* from, int count) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+#else
+  Vec value{};
+  for (int lane = 0; lane < count; ++lane) value[lane] = from[lane];
+  return value;
+#endif
+}
+
+inline void store_some(float* to, Vec value, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), value);
+#else
+  for (int lane = 0; lane < count; ++lane) to[lane] = value[lane];
+#endif
+}
+
 inline float to_float(float value) { return value; }
 
 inline float to_float(BFloat16 value) {
