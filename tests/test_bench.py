@@ -84,12 +84,14 @@ def test_engine_generates_what_transformers_does(family: str) -> None:
     assert model.config._attn_implementation == before
 
 
-def test_compiled_step_gives_the_same_tokens_around_structured_and_opaque_layers() -> None:
+def test_compiled_prefill_and_step_give_the_same_tokens_around_structured_and_opaque_layers() -> (
+    None
+):
     model, ids = make_model("llama", num_hidden_layers=1), prompts(1, 7)
     block = model.model.layers[0].mlp
     spec = Blast(out_features=40, in_features=24, blocks=(2, 2), rank=5)
     block.up_proj, block.down_proj = StructuredLinear(spec, bias=False), Opaque(block.down_proj)
-    with open_engine(model, 15, compiled=True) as engine:
+    with open_engine(model, 15, compiled=True, compiled_prefill=True) as engine:
         compiled = engine_tokens(engine, ids, 8)
         assert engine.fallback is None and engine.compile_seconds > 0
     with open_engine(model, 15) as engine:

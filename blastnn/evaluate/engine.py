@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from blastnn.errors import ModelError
 from blastnn.evaluate.attention import static_attention
+from blastnn.evaluate.gates import fused_gates
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]  # ids (B, T) -> next token (B, 1), logits (B, C)
 # Nothing that torch guards changes while an engine lives: model, cache and shapes are its own. To
@@ -139,12 +140,12 @@ def open_engine(
 
     ``compiled`` compiles the step, ``compiled_prefill`` the reading of prompts, for the shape of
     the first one; each takes about a minute for a model of 30 layers. The model computes attention
-    in the engine's way while the context is open.
+    and gated MLPs in the engine's way while the context is open.
 
     Raises:
         ModelError: the model was made for fewer positions.
     """
-    with static_attention(model) as attention:
+    with static_attention(model) as attention, fused_gates(model):
         yield Engine(model, length, attention, compiled, compiled_prefill)
 
 

@@ -20,7 +20,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and key.shape == value.shape
         and query.shape[1] % key.shape[1] == 0
-        and native.failure() is None
+        and native.available()
     )
 
 

@@ -119,6 +119,12 @@ def failure() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there is no :func:`failure`; ``torch.compile`` asks once and looks no further."""
+    return failure() is None
+
+
 @cache
 def _register() -> None:
     """Tell PyTorch the shapes of what comes out, and the gradients."""

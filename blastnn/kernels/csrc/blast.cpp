@@ -4,6 +4,7 @@
 #include "attention_operator.h"
 #include "block_low_rank.h"
 #include "free_sweep.h"
+#include "gated.h"
 #include "operators.h"
 #include "quantized.h"
 #include "solver_operators.h"
@@ -195,6 +196,7 @@ TORCH_LIBRARY(blastnn, library) {
   library.def(
       "descend_couplings(Tensor own, Tensor gram, Tensor right, Tensor start, int steps) -> Tensor");
   library.def("attend_causally(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
+  library.def("silu_times(Tensor(a!) gate, Tensor up) -> ()");
   library.def("weighted_grams(Tensor gram, Tensor couplings) -> Tensor");
   library.def("paired_sums(Tensor products, Tensor factors) -> Tensor");
   library.def("add_coupled(Tensor products, Tensor couplings, Tensor(a!) total) -> ()");
@@ -215,6 +217,7 @@ TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
   library.impl("solve_factored", &solve_factored);
   library.impl("descend_couplings", &descend_couplings);
   library.impl("attend_causally", &attend_causally);
+  library.impl("silu_times", &silu_times);
   library.impl("weighted_grams", &weighted_grams);
   library.impl("paired_sums", &paired_sums);
   library.impl("add_coupled", &add_coupled);
