@@ -92,9 +92,9 @@ def chains(root: Path) -> dict[str, Chain]:
             *(step for each in both for step in tasks_of(models / f"{each}-0.8", root)),
         ],
         "ablation": [sweep("demo", root / "ablation", ("blast", *OURS, *STACKS), *FAST)],
-        "tokens-65536": [_calibrated(root, "tokens-65536", "--tokens", "65536")],
-        "tokens-16384": [_calibrated(root, "tokens-16384", "--tokens", "16384")],
-        "tokens-4096": [_calibrated(root, "tokens-4096", "--tokens", "4096")],
+        "tokens-65536": [_calibrated(root, "tokens-65536", "--calibration-tokens", "65536")],
+        "tokens-16384": [_calibrated(root, "tokens-16384", "--calibration-tokens", "16384")],
+        "tokens-4096": [_calibrated(root, "tokens-4096", "--calibration-tokens", "4096")],
         "code": [_calibrated(root, "code", "--calibration", str(_text("code")))],
     }
     for blocks in ("2", "4", "16"):

@@ -23,7 +23,7 @@ TEXTS = ["--calibration", "demo:wiki-calibration", "--calibration", "demo:c4-cal
 def command(output: Path) -> list[str]:
     """A small compression of the demo model, always the same."""
     start = [sys.executable, "-m", "blastnn", "compress", "demo", "--output", str(output)]
-    return [*start, *OPTIONS, *TEXTS, "--text", "demo:tiny", "--tokens", "1024"]
+    return [*start, *OPTIONS, *TEXTS, "--text", "demo:tiny", "--scored-tokens", "1024"]
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -54,10 +54,6 @@ Moment = Annotated[
 CalibrationTokens = Annotated[
     int | None, typer.Option("--calibration-tokens", help="tokens to calibrate with")
 ]
-SweepTokens = Annotated[
-    int | None,
-    typer.Option("--tokens", "--calibration-tokens", help="tokens to calibrate with"),
-]
 Window = Annotated[int | None, typer.Option(help="tokens in a sequence")]
 Damping = Annotated[float | None, typer.Option(help="of the second moments")]
 Dtype = Annotated[str | None, typer.Option(help=f"of the written tensors: {', '.join(DTYPES)}")]
@@ -188,8 +184,6 @@ class JobChoices(_FitChoices, PlanChoices):
 class SweepChoices(_FitChoices, _TargetChoices):
     """What all cells of a sweep have in common: not what its methods and shares decide."""
 
-    tokens: SweepTokens = None  # scored ones have a name of their own here
-
 
 @dataclass(frozen=True)
 class BenchChoices:
@@ -238,7 +232,7 @@ def parse_blocks(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.replace("x", ",").split(",")
-    if not 1 <= len(parts) <= 2 or not all(part.strip().isdigit() for part in parts):
+    if not 1 <= len(parts) <= 2 or not all(part.strip().isdecimal() for part in parts):
         raise PlanError(f"--blocks takes one number or two like 4x8, but was given {text!r}")
     numbers = [int(part) for part in parts]
     return numbers[0], numbers[-1]

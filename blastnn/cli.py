@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON value instead
 Calibration = Annotated[
     list[str] | None, typer.Option(help="calibration text, repeatable; none for no data")
 ]
-ScoredTokens = Annotated[int, typer.Option("--tokens", help="tokens of each text to score")]
+ScoredTokens = Annotated[int, typer.Option(min=1, help="tokens of each text to score")]
 
 
 @app.command()
@@ -39,7 +39,7 @@ def compress(
     text: Annotated[list[str] | None, typer.Option(help="text to measure on; repeatable")] = None,
     scored_tokens: Annotated[
         int | None,
-        typer.Option("--tokens", help="tokens of each text to score; default: 16384, fast 4096"),
+        typer.Option(min=1, help="tokens of each text to score; default: 16384, fast 4096"),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="plan file written by blastnn plan")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a stopped job")] = False,
@@ -88,8 +88,9 @@ def plan(
     """Show ranks and sizes from a config.json alone; optionally write the plan to a file."""
     from blastnn.compress.draft import draft_job
     from blastnn.display import print_plan
-    from blastnn.files import write_json
+    from blastnn.files import check_writable, write_json
 
+    check_writable(output)
     draft = draft_job(model, choices.options())
     print_plan(draft, as_json)
     if output is not None:
@@ -122,7 +123,9 @@ def evaluate(
     if task:
         check_request(task, limit)
     keep_freed_memory()
-    scores = score_models(folder, against, text, scored_tokens, window) if text else {}
+    scores: dict[str, Any] = {}
+    if text:
+        scores = score_models(folder, against, text, scored_tokens, window, say=_note)
     if text and not as_json:
         print_scores(scores)
     if task:
@@ -178,9 +181,7 @@ def sweep(
     ] = None,
     calibration: Calibration = None,
     text: Annotated[list[str] | None, typer.Option(help="text to score; repeatable")] = None,
-    scored_tokens: Annotated[
-        int, typer.Option(help="tokens of each text to score")
-    ] = DEFAULT_TOKENS,
+    scored_tokens: ScoredTokens = DEFAULT_TOKENS,
     task: Annotated[
         list[str] | None, typer.Option(help="zero-shot task to score, or all; repeatable")
     ] = None,
@@ -227,15 +228,17 @@ def bench(
     from blastnn.display import print_bench
     from blastnn.evaluate.bench import bench as measure
     from blastnn.evaluate.bench_picture import draw
-    from blastnn.files import write_json, write_text
+    from blastnn.files import check_writable, write_json, write_text
 
     keep_freed_memory()
+    for file in (output, picture):
+        check_writable(file)  # measuring takes minutes
     report = measure(folder, against, choices.options(), say=_note)
+    print_bench(report, as_json)
     if output is not None:
         write_json(output, report)
     if picture is not None:
         write_text(picture, draw(report))
-    print_bench(report, as_json)
 
 
 @app.command()
@@ -276,7 +279,9 @@ def export(
     output: Annotated[Path, typer.Option(help="ONNX file to write")],
     against: Annotated[str | None, typer.Option(help="model to measure beside it")] = None,
     dtype: Annotated[str, typer.Option(help="of the weights: float32 or float16")] = "float32",
-    threads: Annotated[int | None, typer.Option(help="of ONNX Runtime; default: torch's")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="of ONNX Runtime; default: torch's")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
     as_json: Json = False,
 ) -> None:
@@ -299,7 +304,7 @@ def kernels(
     save: Annotated[
         bool, typer.Option("--save", help="measure, and keep the choice in the folder")
     ] = False,
-    tokens: Annotated[list[int] | None, typer.Option(help="to measure; repeatable")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="to measure; repeatable")] = None,
     dtype: Annotated[str, typer.Option(help="of the inputs")] = "float32",
     as_json: Json = False,
 ) -> None:

@@ -43,6 +43,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_writable(path: Path | None) -> None:
+    """Refuse a file that could not be written once there is something to write.
+
+    Raises:
+        FileNotFoundError: there is no folder to put it in.
+        IsADirectoryError: it is a folder itself.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file to write")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
+
+
 def write_text(path: Path, text: str) -> None:
     """UTF-8 text, written as durably as ``write_tensors``."""
     part = path.with_name(path.name + PART)

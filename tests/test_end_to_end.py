@@ -200,7 +200,7 @@ def test_command_line_from_start_to_use(tmp_path: Path, capsys: pytest.CaptureFi
     """compress with a report, again (finished), inspect."""
     source = make_folder(tmp_path / "dense")
     output = tmp_path / "out"
-    job = arguments(source, output, "--text", str(TEXT), "--tokens", "512")
+    job = arguments(source, output, "--text", str(TEXT), "--scored-tokens", "512")
     assert "equal, bit for bit" in run(capsys, *job)
     report = json.loads((output / "report.json").read_text())
     assert report["keep"]["targets"]["params"]["kept"] <= 0.6

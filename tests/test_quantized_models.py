@@ -313,7 +313,7 @@ def test_command_line(source, tmp_path):
     """compress --quantize with its report, quantize, inspect."""
     blastnn_command = [sys.executable, "-m", "blastnn"]
     small = ["--keep", "0.6", "--blocks", "2", "--calibration", "none", "--sweeps", "2"]
-    small += ["--targets", "mlp.*", "--text", str(TEXT), "--tokens", "128"]
+    small += ["--targets", "mlp.*", "--text", str(TEXT), "--scored-tokens", "128"]
     done = subprocess.run(
         [*blastnn_command, "compress", str(source), "--output", str(tmp_path / "out"), *small]
         + ["--quantize", "int4"],

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blastnn.compress.job import Progress, prepare_job
+from blastnn.compress.job import Job, Progress, prepare_job
 from blastnn.compress.options import Options
 from blastnn.compress.report import DEFAULT_TOKENS, JSON, write_report
 from blastnn.compress.run import run_job
-from blastnn.evaluate.text import read_text
+from blastnn.evaluate.text import first_windows, read_text
 from blastnn.files import read_json
+from blastnn.models.context import window_length
 from blastnn.models.demo import TEST
 from blastnn.models.source import DEMO
+
+LONG_ENOUGH = 40  # characters a token, of which no tokenizer needs so many
 
 
 def compress_checkpoint(
@@ -21,8 +24,8 @@ def compress_checkpoint(
     output: str | Path,
     *,
     options: Options | None = None,
-    calibration: Sequence[str | Path] | None = None,
-    texts: Sequence[str | Path] | None = None,
+    calibration: Sequence[str | Path] | str | Path | None = None,
+    texts: Sequence[str | Path] | str | Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     plan: Path | None = None,
     resume: bool = False,
@@ -51,16 +54,27 @@ def compress_checkpoint(
         OSError: the disk is full or not writable; finished blocks stay resumable.
     """
     progress = progress or Progress()
+    if isinstance(calibration, str | Path):
+        calibration = [calibration]
+    if isinstance(texts, str | Path):
+        texts = [texts]
     job = prepare_job(
         path, options or Options.from_preset("default", **choices), calibration, plan, progress
     )
     if texts is None:
         texts = TEST if job.folder.name == DEMO else ()
     for text in texts:
-        read_text(text)  # a wrong name must fail now, not after the job
+        _check_text(text, job)
     folder = Path(output)
     outcome = run_job(job, folder, resume)
     if outcome.already_finished and (folder / JSON).is_file():
         return read_json(folder / JSON), False
     progress.say("measuring the dense and the compressed model in a process of their own")
     return write_report(job, folder, outcome, [str(text) for text in texts], tokens), True
+
+
+def _check_text(text: str | Path, job: Job) -> None:
+    """A text to be scored at the end must be there, and long enough, now."""
+    read, window = read_text(text), window_length(job.folder.config, job.options.window)
+    if len(read.content) < LONG_ENOUGH * window:
+        first_windows(read, job.folder.tokenizer(), window, window)

@@ -27,10 +27,9 @@ from blastnn.compress.block import (
     LayerRecord,
 )
 from blastnn.compress.fit import fit_layer
-from blastnn.compress.job import window_length
 from blastnn.compress.measured import row_blocks, to_measure_with
 from blastnn.compress.moments import Moments, MomentSum, refuse
-from blastnn.compress.options import Options
+from blastnn.compress.options import Options, check_names
 from blastnn.compress.plan import LayerPlan, Plan, make_plan
 from blastnn.compress.pruning import prune_plan
 from blastnn.compress.refine import require_windows
@@ -40,6 +39,7 @@ from blastnn.compress.streams import Streams
 from blastnn.errors import CalibrationError, PlanError
 from blastnn.evaluate.probe import probe_arguments
 from blastnn.linear import StructuredLinear
+from blastnn.models.context import window_length
 from blastnn.models.families import FAMILIES
 from blastnn.models.linears import dense_weight
 from blastnn.models.skeleton import find_blocks
@@ -79,8 +79,16 @@ def compress(
     Raises:
         BlastnnError: says which input is wrong and what to do.
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f"compress takes a torch module, but was given {type(model)}; for a folder "
+            "there is compress_checkpoint"
+        )
+    check_names(choices)
     options = Options(keep=keep, **choices)
     batches = None if calibration is None else list(calibration)
+    if any(isinstance(batch, Tensor) and not batch.numel() for batch in batches or ()):
+        raise CalibrationError("a batch of the calibration is empty; leave it out")
     require_windows(options, 0 if batches is None else len(batches))
     if batches is not None and not batches:
         raise CalibrationError("calibration holds no batch; pass None for no data")

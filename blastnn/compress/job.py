@@ -22,6 +22,7 @@ from blastnn.compress.plan import Plan
 from blastnn.compress.refine import require_windows
 from blastnn.errors import CalibrationError
 from blastnn.evaluate.text import Windows, read_text, spread_windows
+from blastnn.models.context import window_length
 from blastnn.models.demo import CALIBRATION
 from blastnn.models.source import DEMO, ModelFolder
 from blastnn.version import __version__
@@ -138,11 +139,3 @@ def made_up_ids(config: PreTrainedConfig) -> Tensor:
     """A window of token ids ``(1, window)`` for a check where there is no text."""
     length = window_length(config, NO_TEXT_WINDOW)
     return (torch.arange(length) * 37 % config.vocab_size)[None]
-
-
-def window_length(config: PreTrainedConfig, wanted: int) -> int:
-    """The window length, at most what the model's positions allow."""
-    longest = getattr(config, "max_position_embeddings", None) or wanted
-    if config.model_type == "roberta":
-        longest -= 2  # positions start behind the padding index
-    return min(wanted, longest)

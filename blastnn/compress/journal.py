@@ -178,6 +178,8 @@ def refuse_changes(
             changed += [f"{key}.{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in inner]
         elif old != new:
             changed.append(f"{key}: {old!r} -> {new!r}")
+    # What the options decide, the plan of every layer among it, would only repeat them.
+    changed = [text for text in changed if text.startswith("options.")] or changed
     if changed:
         shown = "; ".join(text if len(text) < 200 else f"{text[:200]}..." for text in changed[:5])
         raise ResumeError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from blastnn.dtypes import dtype_named
@@ -95,6 +97,10 @@ class Options:
     allow_slower: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("keep", "drift", "damping"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise PlanError(f"{name} must be a number, but is {value!r}")
         if not 0.0 < self.keep <= 1.0:
             raise PlanError(f"keep must be in (0, 1], the share to keep, but is {self.keep}")
         if not 0.0 <= self.drift <= 1.0:
@@ -108,6 +114,10 @@ class Options:
         ):
             if getattr(self, name) not in known:
                 raise PlanError(f"{name} must be one of {known}, but is {getattr(self, name)!r}")
+        if not 0.0 <= self.damping < math.inf:
+            raise PlanError(
+                f"damping must be at least 0, relative to the mean diagonal, but is {self.damping}"
+            )
         if self.dtype is not None:
             dtype_named(self.dtype)
         structure = structure_named(self.structure)
@@ -165,6 +175,7 @@ class Options:
         """
         if preset not in PRESETS:
             raise PlanError(f"unknown preset {preset!r}; choose from {sorted(PRESETS)}")
+        check_names(chosen)
         given = {key: value for key, value in chosen.items() if value is not None}
         for name, others in IMPLIED.items():
             given = {**others, **given} if given.get(name) else given
@@ -177,6 +188,17 @@ class Options:
         """The options as plain values."""
         values = asdict(self)
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def check_names(choices: Mapping[str, Any]) -> None:
+    """Refuse names that are no option.
+
+    Raises:
+        PlanError: names one, and all there are.
+    """
+    known = [field.name for field in fields(Options)]
+    if unknown := sorted(set(choices) - set(known)):
+        raise PlanError(f"there is no option {unknown[0]!r}; there are {', '.join(known)}")
 
 
 # What goes with layers compressed together, and with nothing else.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from blastnn.compress.html import render_html
-from blastnn.compress.job import Job, window_length
+from blastnn.compress.job import Job
 from blastnn.compress.measured import (
     measured_windows,
     why_not_allocated,
@@ -29,6 +29,7 @@ from blastnn.compress.plan import ALLOCATED, IN_BUDGET, LayerPlan
 from blastnn.compress.run import RunOutcome
 from blastnn.errors import BlastnnError
 from blastnn.files import read_json, write_json, write_text
+from blastnn.models.context import window_length
 from blastnn.structures.grid import block_pair
 from blastnn.version import __version__
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-
-from blastnn.display.table import MIB, print_json, table
+from blastnn.display.table import MIB, print_json, table, wide_console
 
 BENCH_COLUMNS = (
     "phase",
@@ -25,7 +23,7 @@ def print_bench(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(report)
         return
-    console = Console(soft_wrap=True, highlight=False)
+    console = wide_console()
     rows = [
         _bench_row(phase, setting)
         for phase in ("decode", "prefill")

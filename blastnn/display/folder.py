@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from blastnn.display.table import SAME, print_json, table
+from blastnn.display.table import SAME, print_json, table, wide_console
 
 
 def print_inspection(found: dict[str, Any], as_json: bool) -> None:
@@ -28,7 +26,7 @@ def print_inspection(found: dict[str, Any], as_json: bool) -> None:
         )
         for name, layer in found["layers"].items()
     ]
-    console = Console(soft_wrap=True)
+    console = wide_console()
     console.print(
         table(
             ("layer", "structure", "shape", "rank", "blocks", "parameters", "bytes", "bits"), rows
@@ -51,7 +49,7 @@ def print_quantized(report: dict[str, Any], output: Path, as_json: bool) -> None
     if as_json:
         print_json(report)
         return
-    console = Console(soft_wrap=True, highlight=False)
+    console = wide_console()
     for part in ("targets", "model"):
         sizes = report[part]["bytes"]
         console.print(

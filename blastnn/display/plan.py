@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from blastnn.compress.draft import Draft
 from blastnn.compress.job import Job
-from blastnn.display.table import MIB, print_json, table
+from blastnn.display.table import MIB, print_json, table, wide_console
 
 
 def print_plan(draft: Draft, as_json: bool) -> None:
@@ -27,7 +25,7 @@ def print_plan(draft: Draft, as_json: bool) -> None:
         what = layer.reason or str(layer.spec)
         shape = f"{layer.out_features}x{layer.in_features}"
         rows.append((layer.name, shape, f"{layer.planned_params:,}", what))
-    console = Console(soft_wrap=True)
+    console = wide_console()
     console.print(table(("layer", "shape", "parameters", "becomes"), rows))
     console.print(f"targets {before:,} -> {after:,} ({after / max(before, 1):.1%})")
     console.print(f"model   {total:,} -> {total - before + after:,}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
-from blastnn.display.table import print_json
+from blastnn.display.table import print_json, wide_console
 from blastnn.factorize import SOLVERS, automatic_table, explain_solver
 from blastnn.structures import STRUCTURES
 
@@ -14,7 +12,7 @@ def print_solvers(as_json: bool) -> None:
     if as_json:
         print_json({"auto": automatic_table(), "solvers": list(SOLVERS)})
         return
-    console = Console(soft_wrap=True)
+    console = wide_console()
     for name, structure in STRUCTURES.items():
         console.print(f"{name}: {explain_solver(structure)}", highlight=False)
     console.print()

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from blastnn.display.table import MIB, SAME, print_json
+from blastnn.display.table import MIB, SAME, print_json, wide_console
 
 
 def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bool) -> None:
@@ -15,7 +15,7 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
     if as_json:
         print_json(report)
         return
-    console = Console(soft_wrap=True, highlight=False)
+    console = wide_console()
     if not fresh:
         console.print(f"{output} was finished before; nothing to do")
     keep = report["keep"]

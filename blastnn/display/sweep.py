@@ -12,12 +12,10 @@ from rich.status import Status
 from blastnn.compress.block import LayerRecord
 from blastnn.compress.job import Progress
 from blastnn.compress.plan import LayerPlan, Plan
-from blastnn.display.table import print_json, table
+from blastnn.display.table import print_json, table, wide_console
 from blastnn.sweep import SweepProgress
 from blastnn.sweep.request import Cell
 from blastnn.sweep.rows import notes, worded
-
-WIDTH = 1000
 
 
 class SweepReporter(SweepProgress):
@@ -92,7 +90,7 @@ def print_sweep(values: dict[str, Any], output: Path, as_json: bool) -> None:
         print_json(values)
         return
     # As wide as the table wants: a narrow terminal breaks its lines, but loses no figure.
-    console = Console(soft_wrap=True, highlight=False, width=WIDTH)
+    console = wide_console()
     console.print(table(*worded(values)))
     for note in notes(values):
         console.print(note, markup=False)

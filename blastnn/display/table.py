@@ -6,10 +6,17 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 MIB = 2**20
 SAME = {True: "equal, bit for bit", False: "DIFFERENT", None: "not compared"}
+WIDTH = 1000  # whatever the terminal's: what is cut off is lost, what wraps can be read
+
+
+def wide_console() -> Console:
+    """Standard output for tables and lines, none of which is cut off or wrapped."""
+    return Console(soft_wrap=True, highlight=False, width=WIDTH)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

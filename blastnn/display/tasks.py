@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
-from blastnn.display.table import table
+from blastnn.display.table import table, wide_console
 
 Step = Callable[[str, str, int, int], None]  # model, task, answers that are scored, all of them
 LINES = 10  # for each task, where no terminal can show a bar
@@ -19,7 +19,7 @@ COLUMNS = ("task", "metric", "rows")
 
 def print_tasks(found: dict[str, Any]) -> None:
     """A line for each task and metric, in percent with standard errors, and the means."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = wide_console()
     models = [key for key in ("dense", "model", "difference") if key in found]
     last = found["model"]
     rows = [

@@ -21,6 +21,7 @@ from blastnn.errors import ModelError
 from blastnn.evaluate import peak
 from blastnn.evaluate.bench_options import BenchOptions
 from blastnn.evaluate.energy import EnergyMeter
+from blastnn.evaluate.engine import check_length
 from blastnn.evaluate.machine import ceilings, describe
 from blastnn.evaluate.race import Racer, Timing, race
 from blastnn.evaluate.score import open_any
@@ -48,6 +49,8 @@ def bench(
     """
     folders = {"dense": open_any(against), "compressed": open_any(model)}
     models = {name: _load(str(folder), options.device) for name, folder in folders.items()}
+    for model_of in models.values():
+        check_length(model_of, max(options.prompts) + options.new_tokens)
     say("peak memory, each model in a process of its own")
     memory = {
         name: peak.peak_bytes(folder, options.shapes, options.new_tokens, options.device)

@@ -7,6 +7,20 @@ from dataclasses import dataclass
 from blastnn.errors import MeasurementError
 
 
+def check_device(device: str) -> None:
+    """Raise MeasurementError where there is no such device; only others than cpu import torch."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MeasurementError(
+            f"there is no device {device!r} here; leave it out (cpu), or name one that torch sees"
+        ) from error
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """What to measure.
@@ -33,6 +47,7 @@ class BenchOptions:
             values = value if isinstance(value, tuple) else (value,)
             if not values or min(values) < 1:
                 raise MeasurementError(f"{name} must be whole numbers of at least 1, not {value}")
+        check_device(self.device)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

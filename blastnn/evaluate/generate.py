@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blastnn.errors import ModelError
 from blastnn.evaluate.engine import Choose, open_engine, positions
+
+LEAST_TEMPERATURE = 1e-3  # below, float32 holds no logit divided by it
 
 
 def continue_text(
@@ -28,10 +32,20 @@ def continue_text(
     positions. ``say`` is told of the last, and if the step was to be compiled and could not be.
 
     Raises:
-        ModelError: the prompt leaves no position for a new token.
+        ModelError: the prompt has no token or leaves no position for a new one; ``max_tokens`` or
+            ``temperature`` makes no sense; a logit is not finite.
     """
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    choose = _sampler(temperature, seed, model.device) if temperature > 0 else None
+    if max_tokens < 1:
+        raise ModelError(f"max_tokens must be at least 1, but is {max_tokens}")
+    if not (temperature == 0.0 or LEAST_TEMPERATURE <= temperature < math.inf):
+        raise ModelError(
+            f"temperature must be 0 (greedy) or from {LEAST_TEMPERATURE:g} on, but is {temperature}"
+        )
+    encoded = tokenizer(prompt)["input_ids"]
+    if not encoded:
+        raise ModelError("the prompt is empty, and the model has no token to start a text with")
+    ids = torch.tensor([encoded], device=model.device)
+    choose = _checked(_sampler(temperature, seed, model.device) if temperature else _likeliest)
     room = positions(model) - ids.shape[1]
     if 0 < room < max_tokens:
         say(f"at most {room} new tokens instead of {max_tokens}: the model has no more positions")
@@ -52,6 +66,21 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     ends: Any = model.generation_config.eos_token_id if model.generation_config else None
     ends = tokenizer.eos_token_id if ends is None else ends
     return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    return logits.argmax(-1, keepdim=True)
+
+
+def _checked(choose: Choose) -> Choose:
+    """The same, of finite logits alone."""
+
+    def checked(logits: Tensor) -> Tensor:
+        if not bool(torch.isfinite(logits).all()):
+            raise ModelError("the model gave a non-finite logit; its weights are damaged")
+        return choose(logits)
+
+    return checked
 
 
 def _sampler(temperature: float, seed: int, device: torch.device) -> Choose:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from blastnn.allocator import keep_freed_memory
+from blastnn.errors import MeasurementError
 from blastnn.evaluate.engine import open_engine
 from blastnn.files import read_json, write_json
 from blastnn.integrations.transformers import load_model
@@ -38,7 +39,10 @@ def peak_bytes(
         asked = {"folder": str(folder), "shapes": shapes, "new_tokens": new_tokens}
         write_json(request, {**asked, "device": device})
         command = [sys.executable, "-m", __name__, str(request), str(result)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise MeasurementError(f"the memory of {folder} could not be measured: {reason}")
         found: list[dict[str, int | None]] = read_json(result)
     return found
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from blastnn.checkpoint import StoredLayer, check_factors, read_layers
 from blastnn.dtypes import dtype_named
@@ -18,6 +19,7 @@ from blastnn.files import read_json, write_json
 from blastnn.integrations.transformers import is_causal, load_model
 from blastnn.kernels import explain, winners
 from blastnn.kernels.explain import FILE as KERNELS_FILE
+from blastnn.models.context import window_length
 from blastnn.models.skeleton import build_skeleton
 from blastnn.models.source import load_tokenizer, open_model
 from blastnn.models.tensors import TensorFolder, find_name
@@ -33,9 +35,16 @@ def open_any(model: str) -> Path:
 
 
 def score_models(
-    model: str, against: str | None, texts: list[str], tokens: int, window: int
+    model: str,
+    against: str | None,
+    texts: list[str],
+    tokens: int,
+    window: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Perplexities by text, of ``against`` first, with the protocol.
+
+    ``say`` is told where windows are shorter than asked for: the model has no more positions.
 
     Raises:
         ModelError: a model that does not predict the next token.
@@ -43,8 +52,12 @@ def score_models(
     read = [read_text(text) for text in texts]
     rows: list[dict[str, Any]] = [{"text": text.name, "sha256": text.sha256} for text in read]
     names = {"dense": against, "model": model} if against else {"model": model}
-    tokenizer = load_tokenizer(open_any(against or model))
-    cut = [first_windows(text, tokenizer, window, tokens) for text in read]
+    first = open_any(against or model)
+    length = window_length(AutoConfig.from_pretrained(first, trust_remote_code=False), window)
+    if length < window:
+        say(f"windows of {length} tokens instead of {window}: the model has no more positions")
+    tokenizer = load_tokenizer(first)
+    cut = [first_windows(text, tokenizer, length, tokens) for text in read]
     for key, name in names.items():
         loaded = load_model(open_any(str(name)))
         if not is_causal(loaded):
@@ -61,8 +74,6 @@ def inspect_folder(folder: Path, verify: bool = False) -> dict[str, Any]:
     Raises:
         CheckpointError: missing or misshapen factors, or nothing to verify against.
     """
-    from transformers import AutoConfig
-
     layers = read_layers(folder)
     tensors = TensorFolder(folder)
     skeleton = build_skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False))

@@ -140,6 +140,7 @@ def factorize_many(
     """
     start = time.perf_counter()
     _check_kinds(weights, spec, dtype)
+    _check_seed(seed)
     moments = _one_each(second_moments, len(weights))
     given = any(moment is not None for moment in moments)
     name = choose_solver(spec, solver, weighted=given)
@@ -235,6 +236,11 @@ def _result(
 def solver_options(solver: str) -> list[str]:
     """The names of the further options that a registered solver takes."""
     return list(inspect.signature(SOLVERS[solver].solve).parameters)[3:]
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise FactorizationError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
 
 
 def _check_options(solver: str, options: dict[str, Any]) -> None:

@@ -23,6 +23,9 @@ from blastnn.errors import FactorizationError
 
 # Added to a second moment's diagonal, relative to its mean: float32 iterations need the inverse.
 SOLVER_DAMPING = 1e-6
+# Of a second moment's largest entry: more between two entries across the diagonal is no rounding,
+# not even of sums in bfloat16.
+ASYMMETRY = 1e-2
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,6 @@ def prepare(weight: Tensor, second_moment: Tensor | None) -> Problem:
         FactorizationError: not a matrix, not floating point, NaN or infinite entries, or a second
             moment that is misshapen, zero or has clearly negative eigenvalues.
     """
-    if weight.is_meta or weight.layout != torch.strided:
-        raise FactorizationError(
-            f"the weight must be an ordinary tensor with numbers in it, but is on "
-            f"{weight.device} with layout {weight.layout}; load it, or convert it with to_dense()"
-        )
     _check_matrix("weight", weight)
     compute_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     exact = weight.detach().to(torch.float64)
@@ -101,22 +99,29 @@ def prepare(weight: Tensor, second_moment: Tensor | None) -> Problem:
     scale = 2.0 ** math.floor(math.log2(rms)) if rms else 1.0
     given = damped = None
     if second_moment is not None:
-        given = _scaled_moment(second_moment.to(exact.device), weight.shape[1])
+        given = _scaled_moment(second_moment, weight.shape[1]).to(exact.device)
         damped = given.clone()
         damped.diagonal().add_(SOLVER_DAMPING)
     return Problem(exact / scale, damped, given, scale, compute_dtype)
 
 
 def _check_matrix(what: str, matrix: Tensor) -> None:
+    if not isinstance(matrix, Tensor):
+        raise FactorizationError(f"the {what} must be a torch tensor, but is {type(matrix)}")
+    if matrix.is_meta or matrix.layout != torch.strided:
+        raise FactorizationError(
+            f"the {what} must be an ordinary tensor with numbers in it, but is on "
+            f"{matrix.device} with layout {matrix.layout}; load it, or convert it with to_dense()"
+        )
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise FactorizationError(f"the {what} must be a matrix, but has {tuple(matrix.shape)}")
     if not matrix.is_floating_point():
         raise FactorizationError(f"the {what} must be floating point, but is {matrix.dtype}")
-    bad = int((~torch.isfinite(matrix)).sum())
+    bad = int((~torch.isfinite(matrix.double())).sum())
     if bad:
         raise FactorizationError(
             f"the {what} of shape {tuple(matrix.shape)} has {bad} NaN or infinite entries; "
-            "the model that it comes from is damaged: repair or replace it"
+            "the model that it comes from, or its input, is damaged: repair or replace it"
         )
 
 
@@ -130,6 +135,12 @@ def _scaled_moment(moment: Tensor, in_features: int) -> Tensor:
         )
     moment = moment.detach().to(torch.float64)
     largest = float(moment.abs().max())
+    skew = float((moment - moment.T).abs().max())
+    if skew > ASYMMETRY * largest:
+        raise FactorizationError(
+            f"the second moment is not symmetric: entries across its diagonal differ by {skew:.1e} "
+            f"at a largest entry of {largest:.1e}; E[x x^T] is, so give both of its halves"
+        )
     if largest > 0.0:  # a power of two, so that sums cannot overflow and no digit changes
         moment = moment / 2.0 ** math.floor(math.log2(largest))
     mean = float(moment.diagonal().mean())

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -106,12 +107,13 @@ def _mark_parents(model: PreTrainedModel) -> None:
             module._is_hf_initialized = True
 
 
-def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model folder, compressed or dense, as the class that its ``config.json`` names.
 
     Raises:
         CheckpointError: a broken folder.
     """
+    folder = Path(folder)
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
         read_layers(folder)
@@ -119,7 +121,12 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedMode
     names = config.get("architectures") or [None]
     model_class = getattr(transformers, names[0] or "", None) or AutoModel
     options = {"dtype": dtype if dtype is not None else "auto", "use_safetensors": True}
-    model = model_class.from_pretrained(folder, trust_remote_code=False, **options)
+    try:
+        model = model_class.from_pretrained(folder, trust_remote_code=False, **options)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"a weight file of {folder} is damaged or cut off: {error}; fetch it again"
+        ) from error
     return model.eval()
 
 

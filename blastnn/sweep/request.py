@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from blastnn.compress.job import calibration_windows, window_length
+from blastnn.compress.job import calibration_windows
 from blastnn.compress.options import Options
 from blastnn.compress.plan import find_targets
 from blastnn.compress.report import DEFAULT_TOKENS
@@ -21,6 +21,7 @@ from blastnn.compress.walker import Walker
 from blastnn.errors import CalibrationError, PlanError
 from blastnn.evaluate.tasks import check_request
 from blastnn.evaluate.text import Windows, first_windows, read_text
+from blastnn.models.context import window_length
 from blastnn.models.demo import HELD_OUT
 from blastnn.models.source import DEMO, ModelFolder, Say, open_model
 from blastnn.sweep.methods import METHODS, REFERENCE, Method, method_named

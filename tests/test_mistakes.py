@@ -1,0 +1,183 @@
+"""What users mistype, through the command line and in Python: one line that says what to do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import blastnn
+from blastnn import cli
+from blastnn.errors import BlastnnError, CalibrationError, FactorizationError, PlanError
+from tests.made_up import TEXT, make_folder
+from tests.matrices import moment_of, normal
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good dense model folder; its model has 64 positions."""
+    return make_folder(tmp_path_factory.mktemp("mistakes") / "dense", "llama")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on standard error of a command that ends with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def damaged(dense: Path, folder: Path) -> Path:
+    """A copy of a model with a NaN in a weight."""
+    shutil.copytree(dense, folder)
+    tensors = load_file(folder / "model.safetensors")
+    next(v for k, v in tensors.items() if "up_proj" in k)[0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_generation_refuses_what_makes_no_text(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = damaged(dense, tmp_path / "broken")
+    assert "non-finite logit" in refused(capsys, "generate", broken, "the ocean")
+    assert "max_tokens" in refused(capsys, "generate", dense, "a", "--max-tokens", -3)
+    assert "the prompt is empty" in refused(capsys, "generate", dense, "")
+    for temperature in (-1, "nan", "inf", 1e-40):
+        error = refused(capsys, "generate", dense, "a", "--temperature", temperature)
+        assert "temperature must be 0" in error
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_windows_are_no_longer_than_the_model_and_that_is_said(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "dense", family)
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(folder), "--text", str(TEXT), "--scored-tokens", "128"])
+    shown = capsys.readouterr()
+    assert "windows of 64 tokens instead of 1024" in shown.err
+    assert " 64" in shown.out
+
+
+def test_numbers_below_one_are_refused(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("evaluate", "compress"):
+        wrong = ("--text", TEXT, "--scored-tokens", 0)
+        assert "scored-tokens" in refused(capsys, command, dense, *wrong)
+    assert "tokens" in refused(capsys, "kernels", dense, "--measure", "--tokens", 0)
+    assert "threads" in refused(capsys, "export", dense, "--output", "x.onnx", "--threads", 0)
+
+
+def test_bench_refuses_before_it_measures(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ("bench", dense, "--against", dense, "--no-compile", "--batch", 1)
+    assert "made for 64" in refused(capsys, *both, "--prompt", 64)
+    assert "no device 'cud'" in refused(capsys, *both, "--device", "cud")
+    missing = tmp_path / "missing" / "x.json"
+    for option in ("--output", "--picture"):
+        assert "there is no folder" in refused(capsys, *both, option, missing)
+        assert "is a folder" in refused(capsys, *both, option, tmp_path)
+    assert "there is no folder" in refused(capsys, "plan", dense, "--output", missing)
+
+
+def test_a_dense_model_cut_off_is_named(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(dense, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "damaged or cut off" in refused(capsys, "generate", folder, "a")
+
+
+def test_a_text_too_short_to_score_fails_before_the_job(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    job = ("compress", dense, "--output", tmp_path / "out", "--text", short)
+    assert "fewer than one window" in refused(capsys, *job, "--calibration", TEXT)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damping", ["nan", "-1", "inf"])
+def test_damping_is_checked_at_once(
+    dense: Path, damping: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--output", "unused", "--damping", damping)
+    assert "damping must be" in refused(capsys, "compress", dense, *given)
+
+
+def test_blocks_are_plain_digits(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--blocks takes" in refused(capsys, "plan", dense, "--blocks", "²")
+
+
+def test_a_plan_is_shown_whole_where_the_terminal_is_narrow(
+    dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(dense), "--keep", "0.8"])
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "rank=" in shown and "blocks=" in shown
+
+
+def test_models_are_loaded_from_a_path_in_words(dense: Path) -> None:
+    assert blastnn.load_model(str(dense)).config.model_type == "llama"
+
+
+SPEC = blastnn.Blast(16, 12, rank=3, blocks=(2, 2))
+MOMENT = moment_of(12, 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda moment: moment + 0.5 * torch.eye(12).roll(1, 0) * moment.max(), "not symmetric"),
+        (lambda moment: moment.numpy(), "must be a torch tensor"),
+        (lambda moment: moment.to_sparse(), "ordinary tensor"),
+        (lambda moment: moment.to("meta"), "ordinary tensor"),
+        (lambda moment: moment * float("nan"), "or its input, is damaged"),
+    ],
+)
+def test_second_moments_that_are_none(change: Callable[[Tensor], Any], error: str) -> None:
+    blastnn.factorize(normal(16, 12), SPEC, MOMENT)
+    with pytest.raises(FactorizationError, match=error):
+        blastnn.factorize(normal(16, 12), SPEC, change(MOMENT))
+
+
+@pytest.mark.parametrize("seed", ["x", None, -1, 2**70, 1.5, True])
+def test_seeds_are_whole_numbers(seed: Any) -> None:
+    with pytest.raises(FactorizationError, match="seed must be"):
+        blastnn.factorize(normal(16, 12), SPEC, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("choices", "error"),
+    [
+        ({"keep": "0.5"}, "keep must be a number"),
+        ({"keep": None}, "keep must be a number"),
+        ({"blockz": 4}, "there is no option 'blockz'"),
+        ({"damping": float("nan")}, "damping must be"),
+    ],
+)
+def test_compress_names_a_wrong_choice(choices: dict[str, Any], error: str) -> None:
+    with pytest.raises(PlanError, match=error):
+        blastnn.compress(nn.Linear(8, 8), **choices)
+
+
+def test_compress_names_what_it_cannot_work_with(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="torch module"):
+        blastnn.compress("a name")  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="empty"):
+        blastnn.compress(nn.Linear(8, 8), calibration=[torch.zeros(0, 8)])
+    with pytest.raises(BlastnnError, match=r"no text file missing\.txt"):
+        blastnn.compress_checkpoint(dense, tmp_path / "out", calibration="missing.txt")
