@@ -160,6 +160,14 @@ def test_seeds_are_whole_numbers(seed: Any) -> None:
         blastnn.factorize(normal(16, 12), SPEC, seed=seed)
 
 
+def test_numbers_of_eight_bits_are_not_factorised() -> None:
+    weight = normal(16, 12)
+    with pytest.raises(FactorizationError, match="16, 32 or 64 bits"):
+        blastnn.factorize(weight.to(torch.float8_e4m3fn), SPEC)
+    with pytest.raises(FactorizationError, match="16, 32 or 64 bits"):
+        blastnn.factorize(weight, SPEC, dtype=torch.float8_e4m3fn)
+
+
 @pytest.mark.parametrize(
     ("choices", "error"),
     [

@@ -89,7 +89,10 @@ def _print_measured(console: Console, measured: dict[str, Any]) -> None:
     for phase in ("prefill", "decode"):
         if measured["speed"]:
             speed = measured["speed"][phase]
+            spread = ""
+            if "least" in speed:  # reports of former versions do not have it
+                spread = f", {speed['least']:.2f}x to {speed['most']:.2f}x in single rounds"
             console.print(
                 f"{phase}: dense {speed['dense']:.1f} tokens/s, compressed "
-                f"{speed['compressed']:.1f} ({speed['ratio']:.2f}x)"
+                f"{speed['compressed']:.1f} ({speed['ratio']:.2f}x{spread})"
             )

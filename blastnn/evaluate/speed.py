@@ -32,5 +32,8 @@ def compare_speed(
         tokens = prompt.shape[1] if phase == "prefill" else steps
         rates = {name: tokens / getattr(racer, phase).median for name, racer in racers.items()}
         ratio = rates["compressed"] / rates["dense"]
-        found[phase] = {"tokens": tokens, **rates, "ratio": ratio}
+        dense_runs, runs = (getattr(racers[name], phase).seconds for name in models)
+        each = [there / here for there, here in zip(dense_runs, runs, strict=True)]
+        spread = {"least": min(each), "most": max(each)}  # of the rounds one by one
+        found[phase] = {"tokens": tokens, **rates, "ratio": ratio, **spread}
     return found

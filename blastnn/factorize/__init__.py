@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blastnn.errors import FactorizationError
 from blastnn.factorize.joint import JointResult, joint_low_rank
-from blastnn.factorize.problem import Problem, prepare, shifted_target
+from blastnn.factorize.problem import FLOATS, Problem, prepare, shifted_target
 from blastnn.factorize.result import FactorizationResult, Solution
 from blastnn.structures import STRUCTURES, Structure, cast_factors
 
@@ -177,8 +177,10 @@ def _check_kinds(weights: Sequence[Tensor], spec: Structure, dtype: torch.dtype 
             raise FactorizationError(
                 f"a weight must be a torch.Tensor, but one is a {type(weight).__name__}"
             )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise FactorizationError(f"dtype must be a floating-point torch.dtype, but is {dtype!r}")
+    if dtype is not None and dtype not in FLOATS:
+        raise FactorizationError(
+            f"dtype must be a floating-point torch.dtype of 16, 32 or 64 bits, but is {dtype!r}"
+        )
 
 
 def _check_shape(weight: Tensor, spec: Structure) -> None:

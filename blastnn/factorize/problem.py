@@ -21,6 +21,8 @@ from torch import Tensor
 
 from blastnn.errors import FactorizationError
 
+# What can be computed with; float8 knows not even which of its numbers are finite.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Added to a second moment's diagonal, relative to its mean: float32 iterations need the inverse.
 SOLVER_DAMPING = 1e-6
 # Of a second moment's largest entry: more between two entries across the diagonal is no rounding,
@@ -115,8 +117,10 @@ def _check_matrix(what: str, matrix: Tensor) -> None:
         )
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise FactorizationError(f"the {what} must be a matrix, but has {tuple(matrix.shape)}")
-    if not matrix.is_floating_point():
-        raise FactorizationError(f"the {what} must be floating point, but is {matrix.dtype}")
+    if matrix.dtype not in FLOATS:
+        raise FactorizationError(
+            f"the {what} must be floating point of 16, 32 or 64 bits, but is {matrix.dtype}"
+        )
     bad = int((~torch.isfinite(matrix.double())).sum())
     if bad:
         raise FactorizationError(
