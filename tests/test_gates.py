@@ -9,6 +9,8 @@ from torch import nn
 from blastnn.evaluate.gates import fused_gates, is_gated
 from blastnn.kernels import native
 from blastnn.kernels.gated import serves, silu_times
+from blastnn.linear import StructuredLinear
+from blastnn.structures import Blast, BlockDiagonal, Monarch, Structure
 from tests.made_up import make_model
 
 needs_kernel = pytest.mark.skipif(native.failure() is not None, reason="no C++ compiler")
@@ -65,6 +67,37 @@ def test_only_what_does_as_llama_does_is_taken_and_it_is_given_back() -> None:
     assert torch.equal(before, after)
     torch.testing.assert_close(inside, before, rtol=1e-4, atol=1e-5)
     assert all("forward" not in vars(module) for module in gated)
+    handle = gated[1].act_fn.register_forward_hook(lambda *_: None)
+    assert not is_gated(gated[1])
+    handle.remove()
     gated[0].act_fn = nn.GELU()
     assert not is_gated(gated[0])
     assert not any(is_gated(module) for module in make_model("gpt2").modules())
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Monarch.for_budget(40, 24, params=480, blocks=(2, 2)),
+        BlockDiagonal(40, 24, blocks=3),
+        Blast(40, 24, rank=4, blocks=(3, 3)),
+    ],
+    ids=lambda spec: spec.name,
+)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_gates_that_are_views_and_gates_of_other_dtypes(spec: Structure, quantized: bool) -> None:
+    """Some structures' plain products are views of larger tensors; autocast makes bfloat16."""
+    model = make_model("llama").eval().requires_grad_(False)
+    mlp = model.model.layers[0].mlp
+    layer = StructuredLinear(spec, bias=False).requires_grad_(False)
+    mlp.gate_proj = layer.quantized("int8") if quantized else layer
+    ids = torch.randint(0, model.config.vocab_size, (1, 20))
+    with torch.no_grad(), fused_gates(model):
+        inside = model(ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = model(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(inside, model(ids).logits, rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(mixed, model(ids).logits)

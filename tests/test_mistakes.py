@@ -175,6 +175,7 @@ def test_numbers_of_eight_bits_are_not_factorised() -> None:
         ({"keep": None}, "keep must be a number"),
         ({"blockz": 4}, "there is no option 'blockz'"),
         ({"damping": float("nan")}, "damping must be"),
+        ({"seed": -1}, "seed must be from 0"),
     ],
 )
 def test_compress_names_a_wrong_choice(choices: dict[str, Any], error: str) -> None:

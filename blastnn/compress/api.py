@@ -10,7 +10,7 @@ from blastnn.compress.job import Job, Progress, prepare_job
 from blastnn.compress.options import Options
 from blastnn.compress.report import DEFAULT_TOKENS, JSON, write_report
 from blastnn.compress.run import run_job
-from blastnn.evaluate.text import first_windows, read_text
+from blastnn.evaluate.text import Text, first_windows, read_text
 from blastnn.files import read_json
 from blastnn.models.context import window_length
 from blastnn.models.demo import TEST
@@ -74,7 +74,8 @@ def compress_checkpoint(
 
 
 def _check_text(text: str | Path, job: Job) -> None:
-    """A text to be scored at the end must be there, and long enough, now."""
-    read, window = read_text(text), window_length(job.folder.config, job.options.window)
-    if len(read.content) < LONG_ENOUGH * window:
-        first_windows(read, job.folder.tokenizer(), window, window)
+    """A text to be scored at the end must be there, and make a window, now."""
+    window = window_length(job.folder.config, job.options.window)
+    read = read_text(text)
+    beginning = Text(read.name, read.content[: LONG_ENOUGH * window])
+    first_windows(beginning, job.folder.tokenizer(), window, window)

@@ -178,8 +178,9 @@ def refuse_changes(
             changed += [f"{key}.{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in inner]
         elif old != new:
             changed.append(f"{key}: {old!r} -> {new!r}")
-    # What the options decide, the plan of every layer among it, would only repeat them.
-    changed = [text for text in changed if text.startswith("options.")] or changed
+    if any(text.startswith("options.") for text in changed):
+        # They decide the plan of every layer, which would only repeat them.
+        changed = [text for text in changed if not text.startswith("plan")]
     if changed:
         shown = "; ".join(text if len(text) < 200 else f"{text[:200]}..." for text in changed[:5])
         raise ResumeError(

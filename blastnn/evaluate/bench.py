@@ -44,7 +44,7 @@ def bench(
     """Measure ``model`` beside the dense model ``against``.
 
     Raises:
-        ModelError: one of them does not predict the next token.
+        ModelError: one of them does not predict the next token, or has too few positions.
         MeasurementError: a check failed; nothing is reported.
     """
     folders = {"dense": open_any(against), "compressed": open_any(model)}

@@ -32,7 +32,13 @@ def is_gated(module: nn.Module) -> bool:
         and (code.co_code, code.co_names) == (known.co_code, known.co_names)
         and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
         and "forward" not in vars(module)
+        and not any(_listened_to(module.get_submodule(name)) for name in ("gate_proj", "act_fn"))
     )
+
+
+def _listened_to(module: nn.Module) -> bool:
+    """Whether hooks see what it gives, which is changed in place here, or is never made."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -40,8 +46,12 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
         plain: Tensor = type(module).forward(module, x)
         return plain
     gate_proj, up_proj, down_proj = (module.get_submodule(name) for name in LAYERS)
-    gate = gate_proj(x)
-    silu_times(gate, up_proj(x))
+    gate, up = gate_proj(x), up_proj(x)
+    if gate.dtype == up.dtype == torch.float32:
+        gate = gate.contiguous()  # some structures give a view
+        silu_times(gate, up)
+    else:  # under autocast
+        gate = module.get_submodule("act_fn")(gate) * up
     y: Tensor = down_proj(gate)
     return y
 

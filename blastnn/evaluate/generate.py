@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blastnn.errors import ModelError
 from blastnn.evaluate.engine import Choose, open_engine, positions
 
-LEAST_TEMPERATURE = 1e-3  # below, float32 holds no logit divided by it
+LEAST_TEMPERATURE = 1e-3  # far below, logits divided by it overflow; here it is greedy already
 
 
 def continue_text(

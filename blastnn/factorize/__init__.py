@@ -24,6 +24,7 @@ from blastnn.factorize.joint import JointResult, joint_low_rank
 from blastnn.factorize.problem import FLOATS, Problem, prepare, shifted_target
 from blastnn.factorize.result import FactorizationResult, Solution
 from blastnn.structures import STRUCTURES, Structure, cast_factors
+from blastnn.structures.base import LARGEST_SEED
 
 SOLVERS: dict[str, ModuleType] = {
     name: import_module(f"{__name__}.{name}")
@@ -241,8 +242,10 @@ def solver_options(solver: str) -> list[str]:
 
 
 def _check_seed(seed: int) -> None:
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise FactorizationError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= LARGEST_SEED:
+        raise FactorizationError(
+            f"seed must be a whole number from 0 to {LARGEST_SEED}, but is {seed!r}"
+        )
 
 
 def _check_options(solver: str, options: dict[str, Any]) -> None:

@@ -246,6 +246,9 @@ def normal_factors(
     }
 
 
+LARGEST_SEED = 2**32 - 1  # what is multiplied below stays within 64 bits
+
+
 def generator(seed: int, stream: int) -> torch.Generator:
     """A generator for one factor; neighbouring seeds share no numbers between factors."""
     return torch.Generator().manual_seed(seed * 1_000_003 + stream)

@@ -9,15 +9,16 @@
 
 #include "solver_operators.h"
 
-// exact = old + omega (exact - old), in place, with an omega for each problem: both (k, ...).
+// exact = old + omega (exact - old), in place, with an omega for each problem: both (k, ...). As
+// torch.lerp has it, so that an omega of 1 changes no bit.
 inline void relax(at::Tensor& exact, const at::Tensor& old, at::ArrayRef<double> omega) {
   at::Tensor before = old.contiguous();
   long of_each = exact.numel() / long(omega.size());
   float* to = static_cast<float*>(exact.mutable_data_ptr());
   const float* from = pointer<float>(before);
   for (double each : omega) {
-    float step = float(each);
-    for (long k = 0; k < of_each; ++k) to[k] = from[k] + step * (to[k] - from[k]);
+    float step = 1.0f - float(each);
+    for (long k = 0; k < of_each; ++k) to[k] = to[k] - step * (to[k] - from[k]);
     to += of_each, from += of_each;
   }
 }
@@ -67,7 +68,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, bool> sweep_fr
   at::Tensor a = rows.flatten(0, 1), v = V.contiguous().flatten(0, 1), s = S.contiguous();
 
   at::Tensor gram = at::bmm(v.mT(), v).view({k, b2, r, r});
-  at::Tensor scaled = at::mul(V.unsqueeze(1), s.unsqueeze(3)).view({k * b1, b2 * q, r});
+  at::Tensor scaled = at::mul(v.view({k, 1, b2, q, r}), s.unsqueeze(3)).view({k * b1, b2 * q, r});
   at::Tensor right = at::bmm(a, scaled).view({k, b1, p, r});
   auto [left, left_failed] = solved(weighted_grams(gram, s), right, ridge);
   relax(left, U, omega);
