@@ -69,7 +69,7 @@ def compress(
             options=options,
             calibration=texts,
             texts=text,
-            tokens=SCORED_TOKENS[choices.preset] if scored_tokens is None else scored_tokens,
+            scored_tokens=SCORED_TOKENS[choices.preset] if scored_tokens is None else scored_tokens,
             plan=plan,
             resume=resume,
             progress=progress,

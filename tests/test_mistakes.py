@@ -190,3 +190,23 @@ def test_compress_names_what_it_cannot_work_with(dense: Path, tmp_path: Path) ->
         blastnn.compress(nn.Linear(8, 8), calibration=[torch.zeros(0, 8)])
     with pytest.raises(BlastnnError, match=r"no text file missing\.txt"):
         blastnn.compress_checkpoint(dense, tmp_path / "out", calibration="missing.txt")
+
+
+def test_tokens_are_those_of_the_calibration_and_one_path_is_one_text(
+    dense: Path, tmp_path: Path
+) -> None:
+    report, _ = blastnn.compress_checkpoint(
+        dense,
+        tmp_path / "out",
+        calibration=str(TEXT),
+        texts=TEXT,
+        scored_tokens=64,
+        tokens=128,
+        window=64,
+        keep=0.6,
+        blocks=(2, 2),
+        sweeps=2,
+        allow_slower=True,
+    )
+    assert report["calibration"]["tokens"] == 128
+    assert report["measured"]["perplexity"][0]["tokens"] == 64

@@ -26,7 +26,7 @@ def compress_checkpoint(
     options: Options | None = None,
     calibration: Sequence[str | Path] | str | Path | None = None,
     texts: Sequence[str | Path] | str | Path | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    scored_tokens: int = DEFAULT_TOKENS,
     plan: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -41,7 +41,7 @@ def compress_checkpoint(
             the default preset.
         calibration: text files; None is the default of ``demo``, an empty list means no data.
         texts: text files for the perplexities of the report; for ``demo`` its test texts.
-        tokens: how many tokens of each text are scored.
+        scored_tokens: how many tokens of each text are scored.
         plan: a plan file instead of the uniform plan.
         resume: go on with a stopped job.
         progress: told what happens.
@@ -70,7 +70,7 @@ def compress_checkpoint(
     if outcome.already_finished and (folder / JSON).is_file():
         return read_json(folder / JSON), False
     progress.say("measuring the dense and the compressed model in a process of their own")
-    return write_report(job, folder, outcome, [str(text) for text in texts], tokens), True
+    return write_report(job, folder, outcome, [str(text) for text in texts], scored_tokens), True
 
 
 def _check_text(text: str | Path, job: Job) -> None:
