@@ -126,8 +126,8 @@ def evaluate(
     scores: dict[str, Any] = {}
     if text:
         scores = score_models(folder, against, text, scored_tokens, window, say=_note)
-    if text and not as_json:
-        print_scores(scores)
+        if not as_json:
+            print_scores(scores)
     if task:
         with task_progress() as step:
             found = compare_tasks(folder, against, task, limit, rows, say=_note, step=step)

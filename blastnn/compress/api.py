@@ -63,8 +63,8 @@ def compress_checkpoint(
     )
     if texts is None:
         texts = TEST if job.folder.name == DEMO else ()
-    for text in texts:
-        _check_text(text, job)
+    if texts:
+        _check_texts(texts, job)
     folder = Path(output)
     outcome = run_job(job, folder, resume)
     if outcome.already_finished and (folder / JSON).is_file():
@@ -73,9 +73,10 @@ def compress_checkpoint(
     return write_report(job, folder, outcome, [str(text) for text in texts], scored_tokens), True
 
 
-def _check_text(text: str | Path, job: Job) -> None:
-    """A text to be scored at the end must be there, and make a window, now."""
+def _check_texts(texts: Sequence[str | Path], job: Job) -> None:
+    """Texts to be scored at the end must be there, and make a window, now."""
+    tokenizer = job.folder.tokenizer()
     window = window_length(job.folder.config, job.options.window)
-    read = read_text(text)
-    beginning = Text(read.name, read.content[: LONG_ENOUGH * window])
-    first_windows(beginning, job.folder.tokenizer(), window, window)
+    for read in map(read_text, texts):
+        beginning = Text(read.name, read.content[: LONG_ENOUGH * window])
+        first_windows(beginning, tokenizer, window, window)

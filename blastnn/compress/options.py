@@ -11,7 +11,7 @@ from blastnn.dtypes import dtype_named
 from blastnn.errors import PlanError
 from blastnn.quantization import Quantization, quantization_named
 from blastnn.structures import structure_named
-from blastnn.structures.base import LARGEST_SEED
+from blastnn.structures.base import LARGEST_SEED, is_seed
 
 PARTS = ("targets", "model")
 INPUTS = ("compressed", "dense")
@@ -119,8 +119,7 @@ class Options:
             raise PlanError(
                 f"damping must be at least 0, relative to the mean diagonal, but is {self.damping}"
             )
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if not whole or not 0 <= self.seed <= LARGEST_SEED:
+        if not is_seed(self.seed):
             raise PlanError(f"seed must be from 0 to {LARGEST_SEED}, but is {self.seed!r}")
         if self.dtype is not None:
             dtype_named(self.dtype)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -27,8 +24,9 @@ from blastnn.compress.memory_use import HOW
 from blastnn.compress.options import SCORED_TOKENS
 from blastnn.compress.plan import ALLOCATED, IN_BUDGET, LayerPlan
 from blastnn.compress.run import RunOutcome
-from blastnn.errors import BlastnnError
-from blastnn.files import read_json, write_json, write_text
+from blastnn.errors import BlastnnError, MeasurementError
+from blastnn.evaluate.child import ask
+from blastnn.files import write_json, write_text
 from blastnn.models.context import window_length
 from blastnn.structures.grid import block_pair
 from blastnn.version import __version__
@@ -74,18 +72,13 @@ def _measure(
         "window": window_length(job.folder.config, job.options.window),
         "probe": outcome.journal.probe,
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, answered = Path(scratch) / "request.json", Path(scratch) / "result.json"
-        write_json(asked, request)
-        command = [sys.executable, "-m", "blastnn.evaluate.compare", str(asked), str(answered)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise BlastnnError(
-                f"the model is written to {output}, but measuring it failed: {reason}; repeat the "
-                "command with --resume to measure again"
-            )
-        return dict(read_json(answered))
+    try:
+        return dict(ask("blastnn.evaluate.compare", request))
+    except MeasurementError as error:
+        raise BlastnnError(
+            f"the model is written to {output}, but measuring it failed: {error}; repeat the "
+            "command with --resume to measure again"
+        ) from error
 
 
 def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,7 @@ not compiled here, because the compiler's own memory would be counted.
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 
 from blastnn.allocator import keep_freed_memory
 from blastnn.errors import MeasurementError
+from blastnn.evaluate.child import ask
 from blastnn.evaluate.engine import open_engine
 from blastnn.files import read_json, write_json
 from blastnn.integrations.transformers import load_model
@@ -34,16 +33,11 @@ def peak_bytes(
     folder: Path, shapes: list[tuple[int, int]], new_tokens: int, device: str
 ) -> list[dict[str, int | None]]:
     """The peaks for every ``(batch, prompt)``, measured in a child process."""
-    with tempfile.TemporaryDirectory() as place:
-        request, result = Path(place) / "request.json", Path(place) / "result.json"
-        asked = {"folder": str(folder), "shapes": shapes, "new_tokens": new_tokens}
-        write_json(request, {**asked, "device": device})
-        command = [sys.executable, "-m", __name__, str(request), str(result)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise MeasurementError(f"the memory of {folder} could not be measured: {reason}")
-        found: list[dict[str, int | None]] = read_json(result)
+    asked = {"folder": str(folder), "shapes": shapes, "new_tokens": new_tokens, "device": device}
+    try:
+        found: list[dict[str, int | None]] = ask(__name__, asked)
+    except MeasurementError as error:
+        raise MeasurementError(f"the memory of {folder} could not be measured: {error}") from error
     return found
 
 

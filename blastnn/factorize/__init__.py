@@ -24,7 +24,7 @@ from blastnn.factorize.joint import JointResult, joint_low_rank
 from blastnn.factorize.problem import FLOATS, Problem, prepare, shifted_target
 from blastnn.factorize.result import FactorizationResult, Solution
 from blastnn.structures import STRUCTURES, Structure, cast_factors
-from blastnn.structures.base import LARGEST_SEED
+from blastnn.structures.base import LARGEST_SEED, is_seed
 
 SOLVERS: dict[str, ModuleType] = {
     name: import_module(f"{__name__}.{name}")
@@ -242,7 +242,7 @@ def solver_options(solver: str) -> list[str]:
 
 
 def _check_seed(seed: int) -> None:
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= LARGEST_SEED:
+    if not is_seed(seed):
         raise FactorizationError(
             f"seed must be a whole number from 0 to {LARGEST_SEED}, but is {seed!r}"
         )

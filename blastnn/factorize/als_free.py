@@ -8,7 +8,6 @@ A wide matrix is solved transposed, so that ``n`` is the smaller side.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -57,30 +56,35 @@ class FreeSweep(Sweeper):
     ) -> tuple[State, list[float]]:
         """``U``, ``S`` and ``V`` in turn; the new states and their relative errors."""
         inner = state.flipped() if self.wide else state
-        inner, fitted = self._at_once(inner, omega, ridge) or self._sweep(inner, omega, ridge)
+        # As many block rows together as leave their products, or Gram matrices, in cache.
+        k, b2, q, r = inner.V.shape
+        parts = chunks(inner.U.shape[1], max(k * b2 * r * r, b2 * q * r), inner.V.device)
+        found = self._at_once(inner, omega, ridge) if len(parts) == 1 else None
+        inner, fitted = found or self._sweep(inner, omega, ridge, parts)
         result = inner.flipped() if self.wide else inner
         return result, self.errors_from(fitted, result)
 
     def _at_once(
         self, state: State, omega: Sequence[float], ridge: Sequence[float]
     ) -> tuple[State, Tensor] | None:
-        """In one call, where all rows fit into one chunk and nothing special is to be done."""
-        largest = max(math.prod(state.V.shape[:2]) * state.V.shape[3] ** 2, state.V[0].numel())
-        several = len(chunks(state.U.shape[1], largest, state.V.device)) > 1
-        if several or any(each <= SMALLEST_RIDGE[state.V.dtype] for each in ridge):
+        """All rows in one call; None where that does not serve, or something special is to do."""
+        if any(each <= SMALLEST_RIDGE[state.V.dtype] for each in ridge):
             return None
         found = sweep_freely(self.rows, state.tensors(), omega, ridge, COUPLING_STEPS)
         return None if found is None else (State(*found[0]), found[1])
 
     def _sweep(
-        self, state: State, omega: Sequence[float], ridge: Sequence[float]
+        self,
+        state: State,
+        omega: Sequence[float],
+        ridge: Sequence[float],
+        parts: Sequence[slice],
     ) -> tuple[State, Tensor]:
         """Some rows after the other; its oracle, and what is done everywhere else."""
         U, S, V = torch.empty_like(state.U), torch.empty_like(state.S), state.V
         gram = multiply(V.mT, V)  # (k, j, r, t)
         right, normal = torch.zeros_like(V), torch.zeros_like(gram)
-        largest = max(gram.numel(), V[0].numel())
-        for rows in chunks(U.shape[1], largest, V.device):
+        for rows in parts:
             U[:, rows] = self._left(state, rows, gram, omega, ridge)
             seen = multiply(self.rows[:, rows].mT, U[:, rows])  # (k, i, n, r)
             products = seen.view(*seen.shape[:2], *V.shape[1:])  # (k, i, j, q, r)

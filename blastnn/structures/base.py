@@ -249,6 +249,11 @@ def normal_factors(
 LARGEST_SEED = 2**32 - 1  # what is multiplied below stays within 64 bits
 
 
+def is_seed(value: object) -> bool:
+    """Whether a value is a whole number from 0 to ``LARGEST_SEED``."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SEED
+
+
 def generator(seed: int, stream: int) -> torch.Generator:
     """A generator for one factor; neighbouring seeds share no numbers between factors."""
     return torch.Generator().manual_seed(seed * 1_000_003 + stream)

@@ -66,15 +66,16 @@ inline void rest_of_rows(int rows, int depth, const float* a, long lda, const fl
 // C (tokens, VECS vectors) (+)= A (tokens, depth) panel.
 template <int VECS, bool PART>
 inline void rows_of(int tokens, int depth, const float* a, long lda, const float* panel, float* c,
-                     long ldc, bool accumulate, int shown) {
+                    long ldc, bool accumulate, int shown) {
   constexpr int ROWS = ROWS_OF<VECS>;
   int done = 0;
   for (; done + ROWS <= tokens; done += ROWS)
     micro<ROWS, VECS, PART>(depth, a + done * lda, lda, panel, c + done * ldc, ldc, accumulate, shown);
   rest_of_rows<VECS, PART>(tokens - done, depth, a + done * lda, lda, panel, c + done * ldc, ldc,
-                     accumulate, shown);
+                           accumulate, shown);
 }
 
+// The same, `shown` of the last vector's columns; how many is no part of the inner loop.
 template <int VECS>
 inline void all_rows(int tokens, int depth, const float* a, long lda, const float* panel, float* c,
                      long ldc, bool accumulate, int shown) {
