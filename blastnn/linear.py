@@ -39,6 +39,9 @@ class StructuredLinear(nn.Module):
         bias: whether to add a learned bias of shape ``(out_features,)``.
         device, dtype: as in ``torch.nn.Linear``.
         quantization: how the large factors are stored; None stores them as numbers of ``dtype``.
+
+    Raises:
+        StructureError: ``spec`` is not a spec.
     """
 
     bias: Tensor | None
@@ -51,6 +54,11 @@ class StructuredLinear(nn.Module):
         dtype: torch.dtype | None = None,
         quantization: Quantization | None = None,
     ) -> None:
+        if not isinstance(spec, Structure):
+            raise StructureError(
+                "a layer needs a spec, such as Blast.for_budget(out_features, in_features, "
+                f"params), but was given {spec!r}"
+            )
         super().__init__()
         self.spec, self.quantization = spec, quantization
         self._number = number_of(spec, quantization)

@@ -227,3 +227,8 @@ def test_from_factors_refuses_a_bias_of_another_size(spec, size):
 def test_input_of_another_width_is_refused(spec):
     with pytest.raises(StructureError, match=str(spec.in_features)):
         StructuredLinear(spec)(torch.ones(3, spec.in_features + 1))
+
+
+def test_a_structures_name_is_not_a_spec() -> None:
+    with pytest.raises(StructureError, match=r"needs a spec, such as .*, but was given 'blast'"):
+        StructuredLinear("blast")  # type: ignore[arg-type]

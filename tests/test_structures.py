@@ -241,6 +241,13 @@ def test_init_ignores_the_global_generator(spec):
 
 
 @every_structure
+@pytest.mark.parametrize("params", [math.nan, math.inf, "1000", None, True])
+def test_a_budget_that_is_no_number_is_refused(name: str, params: object) -> None:
+    with pytest.raises(StructureError, match="params must be a number of parameters, but is"):
+        STRUCTURES[name].for_budget(64, 48, params)  # type: ignore[arg-type]
+
+
+@every_structure
 @pytest.mark.parametrize("share", [0.3, 0.7])
 @pytest.mark.parametrize(("m", "n"), [(48, 64), (64, 30)])
 def test_init_has_the_scale_of_a_linear_layer(name, share, m, n):

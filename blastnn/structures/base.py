@@ -24,6 +24,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import torch
@@ -210,9 +211,17 @@ def require_positive_int(field: str, value: object) -> None:
         raise StructureError(f"{field} must be a whole number of at least 1, but is {value!r}")
 
 
+def require_budget(params: object, step: object) -> None:
+    """Raise StructureError unless a budget is a finite number, and its step at least 1."""
+    number = isinstance(params, Real) and not isinstance(params, bool)
+    if not number or not math.isfinite(params):  # type: ignore[arg-type]
+        raise StructureError(f"params must be a number of parameters, but is {params!r}")
+    require_positive_int("step", step)
+
+
 def rank_for_budget(label: str, params: int, params_per_rank: int, step: int) -> int:
     """The largest multiple of ``step`` whose ``rank * params_per_rank`` is at most ``params``."""
-    require_positive_int("step", step)
+    require_budget(params, step)
     rank = int(params) // params_per_rank // step * step
     if rank < 1:
         raise StructureError(

@@ -19,6 +19,7 @@ from blastnn.structures.base import (
     Structure,
     normal_factors,
     rank_for_budget,
+    require_budget,
     require_positive_int,
 )
 from blastnn.structures.grid import block_pair, check_blocks_fit, pad_last
@@ -124,7 +125,7 @@ class BlockDiagonal(Structure):
 
         ``step`` is of the rank, and only counts where blocks have low rank.
         """
-        require_positive_int("step", step)
+        require_budget(params, step)
         if blocks is not None:
             full = cls(out_features, in_features, blocks, fixed_blocks=True, **options)  # type: ignore[arg-type]
             return full if full.num_params <= params else full._of_low_rank(params, step)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.structures.base import Factors, generator, require_positive_int
+from blastnn.structures.base import Factors, generator, require_budget, require_positive_int
 from blastnn.structures.registry import register
 from blastnn.structures.sparse_plus_low_rank import (
     SparsePlusLowRank,
@@ -110,7 +110,7 @@ class SparseLowRank(SparsePlusLowRank):
         Raises:
             StructureError: one block and rank ``step`` do not fit; a bad grid or share.
         """
-        require_positive_int("step", step)
+        require_budget(params, step)
         check_share(share)
         if grid is None:
             grid = (min(DEFAULT_GRID, out_features), min(DEFAULT_GRID, in_features))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.structures.base import Factors, normal_factors, require_positive_int
+from blastnn.structures.base import Factors, normal_factors, require_budget
 from blastnn.structures.blast import FEW_TOKENS
 from blastnn.structures.grid import BlockGrid, block_pair, pad_last
 from blastnn.structures.registry import register
@@ -79,7 +79,7 @@ class BLR2(BlockGrid):
         **options: Any,
     ) -> Self:
         """The largest ``r`` with ``r (b1 p + b2 q) + b1 b2 r^2 <= params``, on ``blocks``."""
-        require_positive_int("step", step)
+        require_budget(params, step)
         smallest = cls(out_features, in_features, step, block_pair(blocks), **options)
         couplings = math.prod(smallest.blocks)
         linear = sum(smallest.padded_shape)

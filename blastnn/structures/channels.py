@@ -25,6 +25,7 @@ from blastnn.structures.base import (
     generator,
     normal_factors,
     rank_for_budget,
+    require_budget,
     require_positive_int,
 )
 from blastnn.structures.grid import pad_last
@@ -130,7 +131,7 @@ class Channels(Structure):
         **options: Any,
     ) -> Self:
         """The most groups that fit, at most all of them."""
-        require_positive_int("step", step)
+        require_budget(params, step)
         one = cls(out_features, in_features, 1, axis, group, **options)
         label = f"{axis} of a {out_features} x {in_features} matrix, in groups of {group}"
         most = one.groups // step * step or one.groups  # all of them where one step is too many

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.structures.base import Factors, require_positive_int
+from blastnn.structures.base import Factors, require_budget, require_positive_int
 from blastnn.structures.registry import register
 from blastnn.structures.sparse_plus_low_rank import (
     SparsePlusLowRank,
@@ -114,7 +114,7 @@ class Pixelfly(SparsePlusLowRank):
         Raises:
             StructureError: the butterfly and rank ``step`` do not fit; a bad grid, bands or share.
         """
-        require_positive_int("step", step)
+        require_budget(params, step)
         check_share(share)
         longest = max(out_features, in_features)
         side = min(DEFAULT_GRID, 2 ** (longest.bit_length() - 1)) if grid is None else _side(grid)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.structures.base import Factors, Structure
+from blastnn.structures.base import Factors, Structure, require_budget
 from blastnn.structures.block_diagonal import BlockDiagonal
 from blastnn.structures.lowrank import LowRank
 from blastnn.structures.registry import register
@@ -145,6 +145,7 @@ class Sum(Structure):
         Raises:
             StructureError: a part's budget holds not even its smallest spec.
         """
+        require_budget(params, step)
         if not 0.0 < share < 1.0:
             raise StructureError(f"share must lie strictly between 0 and 1, but is {share!r}")
         shape = (out_features, in_features)
