@@ -98,6 +98,12 @@ class Options:
     allow_slower: bool = False
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_names()
+        self._check_combinations()
+
+    def _check_numbers(self) -> None:
+        """Every number within its range."""
         for name in ("keep", "drift", "damping"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
@@ -106,6 +112,19 @@ class Options:
             raise PlanError(f"keep must be in (0, 1], the share to keep, but is {self.keep}")
         if not 0.0 <= self.drift <= 1.0:
             raise PlanError(f"drift must be in [0, 1], the share to repair, but is {self.drift}")
+        if not 0.0 <= self.damping < math.inf:
+            raise PlanError(
+                f"damping must be at least 0, relative to the mean diagonal, but is {self.damping}"
+            )
+        if not is_seed(self.seed):
+            raise PlanError(f"seed must be from 0 to {LARGEST_SEED}, but is {self.seed!r}")
+        smallest = {"sweeps": 1, "tokens": 1, "window": 1, "gradient_windows": 1, "refine": 0}
+        for name, least in smallest.items():
+            if getattr(self, name) < least:
+                raise PlanError(f"{name} must be at least {least}, but is {getattr(self, name)}")
+
+    def _check_names(self) -> None:
+        """Every name among those that are known."""
         for name, known in (
             ("of", PARTS),
             ("inputs", INPUTS),
@@ -115,25 +134,20 @@ class Options:
         ):
             if getattr(self, name) not in known:
                 raise PlanError(f"{name} must be one of {known}, but is {getattr(self, name)!r}")
-        if not 0.0 <= self.damping < math.inf:
-            raise PlanError(
-                f"damping must be at least 0, relative to the mean diagonal, but is {self.damping}"
-            )
-        if not is_seed(self.seed):
-            raise PlanError(f"seed must be from 0 to {LARGEST_SEED}, but is {self.seed!r}")
         if self.dtype is not None:
             dtype_named(self.dtype)
+        if self.quantize is not None:
+            quantization_named(self.quantize)
         structure = structure_named(self.structure)
         if self.blocks is not None and "blocks" not in structure.__dataclass_fields__:
             raise PlanError(f"a {self.structure} has no blocks to count; leave the blocks out")
-        if self.quantize is not None:
-            quantization_named(self.quantize)
+
+    def _check_combinations(self) -> None:
+        """No two choices that exclude each other."""
         if self.joint:
             self._require("joint", {"structure": JOINED, "quantize": None, "coupled": False})
         if self.coupled:
             self._require("coupled", {"structure": ("channels",), "inputs": "dense"})
-        if self.refine < 0:
-            raise PlanError(f"refine must be at least 0, but is {self.refine}")
         if self.refine and self.inputs == "dense":
             raise PlanError(
                 "refine repairs a block on the inputs of the compressed model, so it does not go "
@@ -144,9 +158,6 @@ class Options:
                 "refine trains factors, and whole numbers cannot be trained: compress with refine, "
                 "then use `blastnn quantize` on the result, or leave one out (--refine 0)"
             )
-        for name in ("sweeps", "tokens", "window", "gradient_windows"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name} must be at least 1, but is {getattr(self, name)}")
 
     def _require(self, what: str, others: dict[str, Any]) -> None:
         """Refuse choices that do not go with a way of compressing several layers together."""

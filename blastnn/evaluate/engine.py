@@ -9,7 +9,6 @@ Shape letters: ``B`` sequences, ``T`` tokens of the prompt, ``C`` vocabulary.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel, StaticCache
 from blastnn.errors import ModelError
 from blastnn.evaluate.attention import static_attention
 from blastnn.evaluate.gates import fused_gates
+from blastnn.models.context import positions
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]  # ids (B, T) -> next token (B, 1), logits (B, C)
 # Nothing that torch guards changes while an engine lives: model, cache and shapes are its own. To
@@ -151,18 +151,12 @@ def open_engine(
 
 def check_length(model: PreTrainedModel, length: int) -> None:
     """Raise ModelError where the model has fewer than ``length`` positions."""
-    most = positions(model)
+    most = positions(model.config)
     if length > most:
         raise ModelError(
             f"prompt and new tokens take {length} positions, but the model was made for {most}; "
             "ask for fewer"
         )
-
-
-def positions(model: PreTrainedModel) -> int:
-    """How many positions the model was made for; ``sys.maxsize`` where it does not say."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    return sys.maxsize if most is None else int(most)
 
 
 def _make_step(model: PreTrainedModel, cache: StaticCache) -> Step:

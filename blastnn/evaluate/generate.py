@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blastnn.errors import ModelError
-from blastnn.evaluate.engine import Choose, open_engine, positions
+from blastnn.evaluate.engine import Choose, open_engine
+from blastnn.models.context import positions
 
 LEAST_TEMPERATURE = 1e-3  # far below, logits divided by it overflow; here it is greedy already
 
@@ -46,7 +47,7 @@ def continue_text(
         raise ModelError("the prompt is empty, and the model has no token to start a text with")
     ids = torch.tensor([encoded], device=model.device)
     choose = _checked(_sampler(temperature, seed, model.device) if temperature else _likeliest)
-    room = positions(model) - ids.shape[1]
+    room = positions(model.config) - ids.shape[1]
     if 0 < room < max_tokens:
         say(f"at most {room} new tokens instead of {max_tokens}: the model has no more positions")
         max_tokens = room
