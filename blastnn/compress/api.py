@@ -10,7 +10,7 @@ from blastnn.compress.job import Job, Progress, prepare_job
 from blastnn.compress.options import Options
 from blastnn.compress.report import DEFAULT_TOKENS, JSON, write_report
 from blastnn.compress.run import run_job
-from blastnn.evaluate.text import Text, first_windows, read_text
+from blastnn.evaluate.text import first_windows, read_text
 from blastnn.files import read_json
 from blastnn.models.context import window_length
 from blastnn.models.demo import TEST
@@ -54,10 +54,7 @@ def compress_checkpoint(
         OSError: the disk is full or not writable; finished blocks stay resumable.
     """
     progress = progress or Progress()
-    if isinstance(calibration, str | Path):
-        calibration = [calibration]
-    if isinstance(texts, str | Path):
-        texts = [texts]
+    calibration, texts = _listed(calibration), _listed(texts)
     job = prepare_job(
         path, options or Options.from_preset("default", **choices), calibration, plan, progress
     )
@@ -73,10 +70,14 @@ def compress_checkpoint(
     return write_report(job, folder, outcome, [str(text) for text in texts], scored_tokens), True
 
 
+def _listed(texts: Sequence[str | Path] | str | Path | None) -> Sequence[str | Path] | None:
+    """One text as a list of one; lists, and None, as they are."""
+    return [texts] if isinstance(texts, str | Path) else texts
+
+
 def _check_texts(texts: Sequence[str | Path], job: Job) -> None:
     """Texts to be scored at the end must be there, and make a window, now."""
     tokenizer = job.folder.tokenizer()
     window = window_length(job.folder.config, job.options.window)
     for read in map(read_text, texts):
-        beginning = Text(read.name, read.content[: LONG_ENOUGH * window])
-        first_windows(beginning, tokenizer, window, window)
+        first_windows(read.beginning(LONG_ENOUGH * window), tokenizer, window, window)

@@ -82,13 +82,14 @@ def _sources(sources: list[dict[str, Any]]) -> Html:
     rows = (
         (
             source.get("name") or DASH,
+            count(source.get("documents")),
             count(source.get("tokens")),
             count(source.get("windows")),
             fingerprint(source.get("sha256")),
         )
         for source in sources
     )
-    return table(("Source", "Tokens#", "Windows#", "SHA-256"), rows)
+    return table(("Source", "Documents#", "Tokens#", "Windows#", "SHA-256"), rows)
 
 
 def facts_section(title: str, facts: object) -> Html:
