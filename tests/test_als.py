@@ -385,6 +385,30 @@ def test_gram_matrices_are_weighted_by_couplings_as_they_say(r: int, dtype: torc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("r", [1, 5, 16, 70])
+def test_gram_matrices_are_scaled_from_both_sides_and_added(r: int, dtype: torch.dtype) -> None:
+    gram, total = normal(2, 4, r, r).to(dtype), normal(2, 3, r, r, seed=1).to(dtype)
+    left = normal(2, 3, 4, r, seed=2).to(dtype)
+    right = normal(2, 4, 3, r, seed=3).to(dtype).transpose(1, 2)
+    whole = normal(2, 3, r, seed=4).to(dtype)[:, :, None].expand(-1, -1, 4, -1)
+    for one, other in ((left, left), (left, whole), (whole, right)):
+        found = total.clone()
+        normal_equations.add_weighted_grams(gram, one, other, found)
+        expected = total + torch.einsum("kabr,kbrt,kabt->kart", one, gram, other)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("r", [1, 5, 16, 70])
+def test_what_couplings_explain_is_summed_over_all_of_a_row(r: int, dtype: torch.dtype) -> None:
+    own, gram = positive(2, 3, r, r).to(dtype), normal(2, 4, r, r, seed=1).to(dtype)
+    couplings = normal(2, 4, 3, r, seed=2).to(dtype).transpose(1, 2)
+    expected = torch.einsum("kitr,kjtr,kijt->kir", own, gram, couplings)
+    found = normal_equations.explained_by(own, gram, couplings)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("r", [1, 5, 16, 70])
 def test_products_are_summed_as_they_say(r: int, dtype: torch.dtype):
     products, factors = normal(2, 3, 4, 6, r).to(dtype), normal(2, 4, 6, r, seed=1).to(dtype)
     couplings, before = normal(2, 3, 4, r, seed=2).to(dtype), normal(2, 4, 6, r, seed=3).to(dtype)

@@ -18,19 +18,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blastnn.factorize.als_state import State, Sweeper, per_problem, quadratic, solve_rows, step
+from blastnn.factorize.als_state import (
+    State,
+    Sweeper,
+    multiply,
+    per_problem,
+    quadratic,
+    solve_rows,
+    step,
+)
 from blastnn.factorize.blocks import split_blocks, split_moment
 from blastnn.factorize.problem import Problem
+from blastnn.kernels.normal_equations import (
+    add_coupled,
+    add_weighted_grams,
+    descend_couplings,
+    explained_by,
+    paired_sums,
+)
 from blastnn.structures import Blast
 
 KEEP_BYTES = 2**30
+COUPLING_STEPS = 3
 
 
 class WeightedSweep(Sweeper):
     """Problems with second moments, of one spec and dtype.
 
-    ``target[:, j]`` is ``Y_j`` as ``(k, b1 p, q)``; ``moment[:, j, c]`` is ``C_jc``, ``inverse[:,
-    j]`` is ``C_jj^-1``, inverted in float64.
+    ``target[:, j]`` is ``Y_j`` as ``(k, b1 p, q)``; ``moment[:, c]`` are all ``C_jc`` as ``(k, b2
+    q, q)``, ``inverse[:, j]`` is ``C_jj^-1``, inverted in float64.
     """
 
     def __init__(self, problems: Sequence[Problem], spec: Blast) -> None:
@@ -49,19 +65,21 @@ class WeightedSweep(Sweeper):
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(diagonal))
         target = split_blocks(problem.weight @ problem.moment, self.spec)
         by_column = target.transpose(0, 1).reshape(b2, -1, q)
-        return by_column.to(dtype).contiguous(), pairs.to(dtype), inverse.to(dtype)
+        columns = pairs.transpose(0, 1).reshape(b2, b2 * q, q)
+        return by_column.to(dtype).contiguous(), columns.to(dtype), inverse.to(dtype)
 
     def sweep(
         self, state: State, omega: Sequence[float], ridge: Sequence[float]
     ) -> tuple[State, list[float]]:
         """``V``, ``S`` and ``U`` in turn; the new states and their relative errors."""
         V, moved = self._right(state, omega, ridge)
-        gram = state.U.mT @ state.U  # (k, i, r, t)
-        projected = (self.target @ V).unflatten(2, state.U.shape[1:3])  # Y_ij V_j: (k, j, i, p, r)
+        gram = multiply(state.U.mT, state.U)  # (k, i, r, t)
+        projected = multiply(self.target, V).unflatten(2, state.U.shape[1:3])  # Y_ij V_j
         products = _Products(V, moved)
-        S = self._couplings(state, gram, projected, products, omega, ridge)
+        S = self._couplings(state, gram, projected, products, omega)
         normal = self._left_gram(S, products)
-        right = torch.einsum("kjipr,kijr->kipr", projected, S)
+        right = torch.zeros_like(state.U)
+        add_coupled(projected, S.transpose(1, 2), right)
         U = step(state.U, solve_rows(normal, right, ridge, self.notes), omega)
         result = State(U, S, V)
         return result, self.errors_from(quadratic(U, normal, right), result)
@@ -69,20 +87,22 @@ class WeightedSweep(Sweeper):
     def _right(
         self, state: State, omega: Sequence[float], ridge: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
-        """New ``V`` and the products ``C_jc V_c`` as ``(k, j, q, c, r)``."""
-        U, S, V = state.U, state.S, state.V.clone()
-        gram = (U.mT @ U).transpose(1, 2)  # (k, r, i, t)
-        moved = torch.einsum("kjcqw,kcwr->kjqcr", self.moment, V).contiguous()
+        """New ``V`` and the products ``C_jc V_c`` as ``(k, c, j, q, r)``."""
+        U, V, by_column = state.U, state.V.clone(), state.S.transpose(1, 2)  # (k, c, i, r)
+        gram = multiply(U.mT, U)  # (k, i, r, t)
+        moved = multiply(self.moment, V).unflatten(2, V.shape[1:3])
         for j in range(V.shape[1]):
-            # H_cj for all c: a product over i for every r.
-            H = S.permute(0, 3, 2, 1).contiguous() @ (gram * S[:, None, :, j])  # (k, r, c, t)
-            own = H[:, :, j].clone()
-            H[:, :, j] = 0.0
-            others = H.transpose(1, 2).flatten(1, 2)  # (k, c r, t)
-            right = self.target[:, j].mT @ (U * S[:, :, j, None]).flatten(1, 2)  # (k, q, r)
-            right = self.inverse[:, j] @ (right - moved[:, j].flatten(2) @ others)
+            # H_cj for all c: the i-th summand is (s_ic s_ij^T) * gram_i.
+            H = gram.new_zeros(V.shape[0], V.shape[1], *gram.shape[2:])  # (k, c, r, t)
+            add_weighted_grams(gram, by_column, by_column[:, j, None].expand_as(by_column), H)
+            own = H[:, j].clone()
+            H[:, j] = 0.0
+            scaled = (U * state.S[:, :, j, None]).flatten(1, 2)
+            right = torch.bmm(self.target[:, j].mT, scaled)  # (k, q, r)
+            right -= multiply(moved[:, :, j], H).sum(1)
+            right = torch.bmm(self.inverse[:, j], right)
             V[:, j] = step(V[:, j], solve_rows(own, right, ridge, self.notes), omega)
-            moved[:, :, :, j] = self.moment[:, :, j] @ V[:, None, j]
+            moved[:, j] = torch.bmm(self.moment[:, j], V[:, j]).view_as(moved[:, j])
         return V, moved
 
     def _couplings(
@@ -92,45 +112,41 @@ class WeightedSweep(Sweeper):
         projected: Tensor,
         products: _Products,
         omega: Sequence[float],
-        ridge: Sequence[float],
     ) -> Tensor:
-        """``s_ij``, block column by block column, each exact given the others."""
-        S, by_rank = state.S.clone(), gram.transpose(1, 2)  # (k, t, i, r), symmetric in r and t
+        """``s_ij``, block column by block column, by some conjugate gradients given the others."""
+        S = state.S.clone()
+        wanted = paired_sums(projected, state.U)  # (k, j, i, r)
         for j in range(S.shape[2]):
             M = products[j]  # (k, c, t, r)
-            explained = S.permute(0, 3, 1, 2).contiguous() @ M.transpose(1, 2)  # (k, t, i, r)
-            gap = (projected[:, j] * state.U).sum(2) - (explained * by_rank).sum(1)  # (k, i, r)
-            change = solve_rows(gram * M[:, None, j], gap[:, :, None], ridge, self.notes)
+            gap = (wanted[:, j] - explained_by(gram, M, S))[:, :, None]
+            own = M[:, j, None].contiguous()
+            change = descend_couplings(gram, own, gap, torch.zeros_like(gap), COUPLING_STEPS)
             S[:, :, j] += change[:, :, 0] * per_problem(omega, change[:, :, 0])
         return S
 
     @staticmethod
     def _left_gram(S: Tensor, products: _Products) -> Tensor:
         """``G_i = sum_jc (s_ij s_ic^T) * M_jc``, ``(k, i, r, t)``."""
-        by_rank = S.permute(0, 3, 1, 2).contiguous()  # (k, t, i, c)
-        total: Tensor | None = None
+        total = S.new_zeros(*S.shape[:2], S.shape[3], S.shape[3])
         for j in range(S.shape[2]):
-            explained = by_rank @ products[j].transpose(1, 2)  # (k, t, i, r)
-            explained *= S[:, None, :, j]
-            total = explained if total is None else total.add_(explained)
-        assert total is not None
-        return total.permute(0, 2, 3, 1).contiguous()
+            # (k, c, t, r) with the rank of c first: G_i transposed, which is the same.
+            add_weighted_grams(products[j], S, S[:, :, j, None].expand_as(S), total)
+        return total
 
 
 class _Products:
-    """``M_jc = V_j^T C_jc V_c`` by ``j`` as ``(k, c, t, r)``."""
+    """``M_jc = V_j^T C_jc V_c`` by ``j`` as ``(k, c, t, r)``, with ``t`` of ``V_c``."""
 
     def __init__(self, V: Tensor, moved: Tensor) -> None:
         self._V, self._moved = V, moved
-        size = moved.shape[1] * moved[:, 0, 0].numel() * V.shape[3] * V.element_size()
+        size = V.shape[1] ** 2 * V[:, 0, 0].numel() * V.shape[3] * V.element_size()
         self._kept: dict[int, Tensor] | None = {} if size <= KEEP_BYTES else None
 
     def __getitem__(self, j: int) -> Tensor:
         if self._kept is not None and j in self._kept:
             return self._kept[j]
-        columns, rank = self._moved.shape[3:]
-        product = self._moved[:, j].flatten(2).mT @ self._V[:, j]
-        product = product.unflatten(1, (columns, rank))
+        own = self._V[:, j, None].expand(-1, self._V.shape[1], -1, -1)
+        product = multiply(self._moved[:, :, j].mT, own)
         if self._kept is not None:
             self._kept[j] = product
         return product

@@ -112,6 +112,35 @@ def weighted_grams(gram: Tensor, couplings: Tensor) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
+def add_weighted_grams(gram: Tensor, left: Tensor, right: Tensor, total: Tensor) -> None:
+    """``total (k, a, r, r) += sum_b (left_ab right_ab^T) * gram_b``, in place.
+
+    ``gram (k, b, r, r)``; ``left`` and ``right (k, a, b, r)`` may be expanded.
+    """
+    if _is_native(gram):
+        torch.ops.blastnn.add_weighted_grams(gram, left, right, total)
+        return
+    for a in range(left.shape[1]):
+        scaled = (gram * right[:, a, :, None, :]).mul_(left[:, a, :, :, None])
+        total[:, a] += scaled.sum(1)
+
+
+def explained_by(own: Tensor, gram: Tensor, couplings: Tensor) -> Tensor:
+    """``sum_j W_ij s_ij``, ``(k, b1, r)``, for ``W_ij = own_i * gram_j``, transposed.
+
+    ``own (k, b1, r, r)`` symmetric, ``gram (k, b2, r, r)`` with the rank of ``s_ij`` first,
+    ``couplings (k, b1, b2, r)``.
+    """
+    if _is_native(own):
+        sums: Tensor = torch.ops.blastnn.explained_by(own, gram, couplings)
+        return sums
+    rows = [
+        (gram * couplings[:, i, :, :, None]).sum(1).mul_(own[:, i]).sum(1)
+        for i in range(couplings.shape[1])
+    ]
+    return torch.stack(rows, dim=1)
+
+
 def paired_sums(products: Tensor, factors: Tensor) -> Tensor:
     """``diag(X_ij^T V_j)``, ``(k, b1, b2, r)``.
 

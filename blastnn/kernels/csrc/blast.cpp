@@ -198,6 +198,9 @@ TORCH_LIBRARY(blastnn, library) {
   library.def("attend_causally(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
   library.def("silu_times(Tensor(a!) gate, Tensor up) -> ()");
   library.def("weighted_grams(Tensor gram, Tensor couplings) -> Tensor");
+  library.def(
+      "add_weighted_grams(Tensor gram, Tensor left, Tensor right, Tensor(a!) total) -> ()");
+  library.def("explained_by(Tensor own, Tensor gram, Tensor couplings) -> Tensor");
   library.def("paired_sums(Tensor products, Tensor factors) -> Tensor");
   library.def("add_coupled(Tensor products, Tensor couplings, Tensor(a!) total) -> ()");
   library.def(
@@ -219,6 +222,8 @@ TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
   library.impl("attend_causally", &attend_causally);
   library.impl("silu_times", &silu_times);
   library.impl("weighted_grams", &weighted_grams);
+  library.impl("add_weighted_grams", &add_weighted_grams);
+  library.impl("explained_by", &explained_by);
   library.impl("paired_sums", &paired_sums);
   library.impl("add_coupled", &add_coupled);
   library.impl("sweep_freely", &sweep_freely);

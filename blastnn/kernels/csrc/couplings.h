@@ -94,37 +94,104 @@ inline void descend_all(const Couplings& a, int threads) {
   });
 }
 
-// sum_j (s_ij s_ij^T) * gram_j for all i.
+// A vector of r numbers for each problem, a and b; where it does not depend on one of them, or all are
+// the same tensor, strides of 0 say so.
+struct Scales {
+  const float* first;
+  long of_problem, of_a, of_b;
+
+  const float* at(long problem, long a, long b) const {
+    return first + problem * of_problem + a * of_a + b * of_b;
+  }
+};
+
+// sum_b (left_ab right_ab^T) * gram_b for all a, added to the total or in its place.
 struct WeightedGrams {
-  long problems, b1, b2, r;
-  const float* gram;   // (problems, b2, r, r)
-  const float* s;      // (problems, b1, b2, r)
-  float* total;        // (problems, b1, r, r)
+  long problems, a_count, b_count, r;
+  const float* gram;  // (problems, b, r, r)
+  Scales left, right;
+  bool add;
+  float* total;  // (problems, a, r, r)
 };
 
 // Row t of one of them.
 inline void weigh_row(const WeightedGrams& a, long row, long t, float* to) {
-  long r = a.r;
-  const float* s = a.s + row * a.b2 * r;
-  const float* gram = a.gram + (row / a.b1 * a.b2 * r + t) * r;
+  long r = a.r, problem = row / a.a_count, index = row % a.a_count;
+  const float* gram = a.gram + (problem * a.b_count * r + t) * r;
+  const float *left = a.left.at(problem, index, 0) + t, *right = a.right.at(problem, index, 0);
   long c = 0;
   for (; c + W <= r; c += W) {
-    Vec sum{};
-    for (long j = 0; j < a.b2; ++j)
-      add(sum, broadcast(s[j * r + t]) * load(s + j * r + c), load(gram + j * r * r + c));
+    Vec sum = a.add ? load(to + c) : Vec{};
+    for (long b = 0; b < a.b_count; ++b)
+      add(sum, broadcast(left[b * a.left.of_b]) * load(right + b * a.right.of_b + c),
+          load(gram + b * r * r + c));
     store(to + c, sum);
   }
   for (; c < r; ++c) {
-    float sum = 0.0f;
-    for (long j = 0; j < a.b2; ++j) add(sum, s[j * r + t] * s[j * r + c], gram[j * r * r + c]);
+    float sum = a.add ? to[c] : 0.0f;
+    for (long b = 0; b < a.b_count; ++b)
+      add(sum, left[b * a.left.of_b] * right[b * a.right.of_b + c], gram[b * r * r + c]);
     to[c] = sum;
   }
 }
 
+// Row by row of all grams, so that these are read once.
 inline void weigh_all(const WeightedGrams& a, int threads) {
   in_parallel(threads, [&](int thread, int parts, auto) {
-    Range mine = share(a.problems * a.b1 * a.r, 1, thread, parts);
-    for (long k = mine.from; k < mine.to; ++k) weigh_row(a, k / a.r, k % a.r, a.total + k * a.r);
+    Range mine = share(a.problems * a.r, 1, thread, parts);
+    for (long k = mine.from; k < mine.to; ++k)
+      for (long index = 0; index < a.a_count; ++index) {
+        long row = k / a.r * a.a_count + index, t = k % a.r;
+        weigh_row(a, row, t, a.total + (row * a.r + t) * a.r);
+      }
+  });
+}
+
+// sum_jt own_i[t, c] gram_j[t, c] s_ij[t] for all i: what all couplings of a row explain.
+struct Explained {
+  long problems, b1, b2, r;
+  const float* own;   // (problems, b1, r, r)
+  const float* gram;  // (problems, b2, r, r)
+  Scales s;           // a is i, b is j
+  float* sums;        // (problems, b1, r)
+};
+
+// Columns [c, c + width) of one row i, width at most W.
+inline void explain_columns(const Explained& a, long row, long c, long width) {
+  long r = a.r, problem = row / a.b1;
+  const float *own = a.own + row * r * r + c, *gram = a.gram + problem * a.b2 * r * r + c;
+  const float* s = a.s.at(problem, row % a.b1, 0);
+  float* to = a.sums + row * r + c;
+  if (width == W) {
+    Vec sum{};
+    for (long t = 0; t < r; ++t) {
+      Vec coupled{};
+      for (long j = 0; j < a.b2; ++j)
+        add(coupled, broadcast(s[j * a.s.of_b + t]), load(gram + (j * r + t) * r));
+      add(sum, coupled, load(own + t * r));
+    }
+    return store(to, sum);
+  }
+  for (long k = 0; k < width; ++k) {
+    float sum = 0.0f;
+    for (long t = 0; t < r; ++t) {
+      float coupled = 0.0f;
+      for (long j = 0; j < a.b2; ++j) add(coupled, s[j * a.s.of_b + t], gram[(j * r + t) * r + k]);
+      add(sum, coupled, own[t * r + k]);
+    }
+    to[k] = sum;
+  }
+}
+
+inline void explain_all(const Explained& a, int threads) {
+  in_parallel(threads, [&](int thread, int parts, auto) {
+    long pieces = (a.r + W - 1) / W;  // columns outside, so that those of the grams stay in cache
+    Range mine = share(a.problems * pieces, 1, thread, parts);
+    for (long k = mine.from; k < mine.to; ++k)
+      for (long i = 0; i < a.b1; ++i) {
+        long c = k % pieces * W;
+        explain_columns(a, k / pieces * a.b1 + i, c, std::min(a.r - c, long(W)));
+      }
   });
 }
 

@@ -64,22 +64,71 @@ inline at::Tensor descend_couplings(const at::Tensor& own, const at::Tensor& gra
   return s;
 }
 
+// Numbers (k, a, b, r) whose rows of r are whole; whatever else they are expanded from.
+inline at::Tensor with_whole_rows(const at::Tensor& scales) {
+  return scales.stride(3) == 1 || scales.size(3) == 1 ? scales : scales.contiguous();
+}
+
+inline Scales scales_of(const at::Tensor& scales) {
+  return {pointer<float>(scales), scales.stride(0), scales.stride(1), scales.stride(2)};
+}
+
+// Whether gram (k, b, r, r) and scales (k, a, b, r) are float32 and fit together.
+inline bool fits_grams(const at::Tensor& gram, const at::Tensor& scales) {
+  if (gram.dim() != 4 || scales.dim() != 4 || gram.scalar_type() != at::kFloat ||
+      scales.scalar_type() != at::kFloat)
+    return false;
+  int64_t k = scales.size(0), b = scales.size(2), r = scales.size(3);
+  return gram.sizes() == at::IntArrayRef{k, b, r, r};
+}
+
 // sum_j (s_ij s_ij^T) * gram_j: gram (k, b2, r, r), couplings (k, b1, b2, r), to (k, b1, r, r).
 inline at::Tensor weighted_grams(const at::Tensor& gram, const at::Tensor& couplings) {
-  bool fits = gram.dim() == 4 && couplings.dim() == 4 && gram.scalar_type() == at::kFloat &&
-              couplings.scalar_type() == at::kFloat;
-  if (fits) {
-    int64_t k = couplings.size(0), b2 = couplings.size(2), r = couplings.size(3);
-    fits = gram.sizes() == at::IntArrayRef{k, b2, r, r};
-  }
-  TORCH_CHECK(fits, "blastnn::weighted_grams: the Gram matrices and couplings do not fit together");
-  at::Tensor gs = gram.contiguous(), ss = couplings.contiguous();
+  TORCH_CHECK(fits_grams(gram, couplings),
+              "blastnn::weighted_grams: the Gram matrices and couplings do not fit together");
+  at::Tensor gs = gram.contiguous(), ss = with_whole_rows(couplings);
   int64_t k = ss.size(0), b1 = ss.size(1), b2 = ss.size(2), r = ss.size(3);
   at::Tensor total = at::empty({k, b1, r, r}, gs.options());
-  WeightedGrams grams{k, b1, b2, r, pointer<float>(gs), pointer<float>(ss),
+  WeightedGrams grams{k, b1, b2, r, pointer<float>(gs), scales_of(ss), scales_of(ss), false,
                       static_cast<float*>(total.mutable_data_ptr())};
   weigh_all(grams, threads_for(ss.numel() * r));
   return total;
+}
+
+// total (k, a, r, r) += sum_b (left_ab right_ab^T) * gram_b: gram (k, b, r, r), the others (k, a, b, r).
+inline void add_weighted_grams(const at::Tensor& gram, const at::Tensor& left, const at::Tensor& right,
+                               at::Tensor& total) {
+  bool fits = fits_grams(gram, left) && fits_grams(gram, right) && left.sizes() == right.sizes() &&
+              total.is_contiguous() && total.scalar_type() == at::kFloat;
+  if (fits) {
+    int64_t r = left.size(3);
+    fits = total.sizes() == at::IntArrayRef{left.size(0), left.size(1), r, r};
+  }
+  TORCH_CHECK(fits, "blastnn::add_weighted_grams: the Gram matrices and scales do not fit together");
+  at::Tensor gs = gram.contiguous(), ls = with_whole_rows(left), rs = with_whole_rows(right);
+  WeightedGrams grams{ls.size(0), ls.size(1), ls.size(2), ls.size(3), pointer<float>(gs),
+                      scales_of(ls), scales_of(rs), true,
+                      static_cast<float*>(total.mutable_data_ptr())};
+  weigh_all(grams, threads_for(ls.numel() * ls.size(3)));
+}
+
+// sum_jt own_i[t, c] gram_j[t, c] s_ij[t]: own (k, b1, r, r), gram (k, b2, r, r), couplings
+// (k, b1, b2, r), to (k, b1, r).
+inline at::Tensor explained_by(const at::Tensor& own, const at::Tensor& gram,
+                               const at::Tensor& couplings) {
+  bool fits = fits_grams(gram, couplings) && own.dim() == 4 && own.scalar_type() == at::kFloat;
+  if (fits) {
+    int64_t r = gram.size(3);
+    fits = own.sizes() == at::IntArrayRef{couplings.size(0), couplings.size(1), r, r};
+  }
+  TORCH_CHECK(fits, "blastnn::explained_by: the Gram matrices and couplings do not fit together");
+  at::Tensor os = own.contiguous(), gs = gram.contiguous(), ss = with_whole_rows(couplings);
+  int64_t k = ss.size(0), b1 = ss.size(1), b2 = ss.size(2), r = ss.size(3);
+  at::Tensor sums = at::empty({k, b1, r}, os.options());
+  Explained explained{k, b1, b2, r, pointer<float>(os), pointer<float>(gs), scales_of(ss),
+                      static_cast<float*>(sums.mutable_data_ptr())};
+  explain_all(explained, threads_for(ss.numel() * r));
+  return sums;
 }
 
 // diag(X_ij^T V_j): products X (k, b1, b2, q, r), factors V (k, b2, q, r), to (k, b1, b2, r).
