@@ -29,7 +29,7 @@ from blastnn.structures import STRUCTURES, Blast, Structure
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-SWEEPS = 800  # more than Algorithm 2 has time for
+SWEEPS = 3000  # more than Algorithm 2 has time for
 
 
 def time_to(result: FactorizationResult, error: float) -> float:

@@ -238,6 +238,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sweeps": 240,
         "tokens": 65536,
         "gradient_windows": 16,
-        "refine": 3,
     },
 }

@@ -55,7 +55,7 @@ class Schedule:
     momentum_start: float = 0.3
     momentum_growth: float = 0.1
     momentum_end: float = 0.9
-    tolerance: float = 1e-4
+    tolerance: float = 1e-5
     coupling_noise: float = 0.9
 
 
