@@ -1,12 +1,11 @@
 """The embedded default: SmolLM2-135M-Instruct and three texts, all from Python packages.
 
 Texts are cut by characters: calibration is the first 60%, the test text the last 30%; a name alone
-is the whole text. Calibration texts are read as the documents they are made of.
+is the whole text.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,12 +34,8 @@ TEXT_PACKAGE = Package(
 )
 TEXT_FOLDER = "exllamav3/conversion/standard_cal_data"
 TEXTS = ("wiki", "c4", "tiny")
-CALIBRATED = "-calibration"
-PARTS = {"": (0.0, 1.0), CALIBRATED: (0.0, 0.6), "-test": (0.7, 1.0)}
+PARTS = {"": (0.0, 1.0), "-calibration": (0.0, 0.6), "-test": (0.7, 1.0)}
 PREFIX = "demo:"
-# What stands between the documents of a text. Wikipedia's keep the marks that they have in the test
-# text, too.
-BETWEEN_DOCUMENTS = {"wiki": r"\s*(?=<doc )", "c4": r"\n+"}
 
 CALIBRATION = ("demo:wiki-calibration", "demo:c4-calibration")
 TEST = ("demo:wiki-test", "demo:c4-test")
@@ -69,17 +64,3 @@ def demo_text(name: str, say: Say = lambda _: None) -> str:
     whole = (folder / TEXT_FOLDER / f"{text}.utf8").read_text(encoding="utf-8")
     first, last = PARTS[part]
     return whole[int(first * len(whole)) : int(last * len(whole))]
-
-
-def demo_documents(name: str, say: Say = lambda _: None) -> tuple[str, ...]:
-    """A text by its name as the documents that it consists of.
-
-    What models are tested on is one document, marks and all, as others score it too.
-    """
-    whole = demo_text(name, say)
-    if not name.endswith(CALIBRATED):
-        return (whole,)
-    between = BETWEEN_DOCUMENTS.get(name.removeprefix(PREFIX).removesuffix(CALIBRATED))
-    if between is None:
-        return (whole,)
-    return tuple(document for document in re.split(between, whole) if document.strip())
