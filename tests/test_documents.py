@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from blastnn.cli import app
 from blastnn.compress.html_provenance import calibration_section
 from blastnn.errors import CalibrationError
-from blastnn.evaluate.text import first_windows, read_text, spread_windows
-from blastnn.models.demo import CALIBRATION, TEST, prepare_model
+from blastnn.evaluate.text import end_of_document, first_windows, read_text
+from blastnn.models.demo import prepare_model
 from blastnn.models.source import load_tokenizer
 from tests.made_up import TEXT, byte_tokenizer, make_folder
 
@@ -89,17 +89,10 @@ def test_the_beginning_of_a_text_ends_with_a_whole_document(tmp_path: Path) -> N
     assert read_text(TEXT).beginning(5).documents == (TEXT.read_text()[:5],)
 
 
-def test_the_demo_is_calibrated_on_documents_and_scored_on_plain_text() -> None:
+def test_the_demo_models_turns_end_otherwise_than_documents() -> None:
     tokenizer = load_tokenizer(prepare_model(print))
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    windows = spread_windows([read_text(name) for name in CALIBRATION], tokenizer, 1024, 8192)
-    assert all(int(source["documents"]) > 300 for source in windows.sources)
-    for half in windows.ids.chunk(2):
-        assert (half == end).any()
-    for name in TEST:
-        text = read_text(name)
-        assert len(text.documents) == 1
-        assert not (first_windows(text, tokenizer, 1024, 8192).ids == end).any()
+    (end,) = end_of_document(tokenizer)
+    assert tokenizer.decode([end]) == "<|endoftext|>" != tokenizer.eos_token
 
 
 def test_compress_takes_documents_and_reports_how_many(tmp_path: Path) -> None:
