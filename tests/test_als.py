@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
-from blastnn.factorize import factorize, factorize_many, prepare
+from blastnn.factorize import als_weighted, factorize, factorize_many, prepare
 from blastnn.factorize.als_free import FreeSweep
 from blastnn.factorize.als_state import (
     State,
@@ -125,6 +125,16 @@ def test_the_error_of_a_sweep_is_that_of_its_factors(spec, weighted):
         expected = (value / sweeper.problems[0].energy) ** 0.5
         assert error[0] == pytest.approx(expected, rel=1e-9)
         assert sweeper.error(swept)[0] == pytest.approx(expected, rel=1e-9)
+
+
+@every_spec
+def test_products_that_are_too_large_to_keep_are_computed_again(spec, monkeypatch):
+    sweeper, state, _ = problem_of(spec, weighted=True)
+    kept, error = sweeper.sweep(state, EXACT, NO_RIDGE)
+    monkeypatch.setattr(als_weighted, "KEEP_BYTES", 0)
+    again, other = sweeper.sweep(state, EXACT, NO_RIDGE)
+    assert other == error
+    assert all(torch.equal(a, b) for a, b in zip(kept.tensors(), again.tensors(), strict=True))
 
 
 @both_kinds
@@ -390,7 +400,8 @@ def test_gram_matrices_are_scaled_from_both_sides_and_added(r: int, dtype: torch
     left = normal(2, 3, 4, r, seed=2).to(dtype)
     right = normal(2, 4, 3, r, seed=3).to(dtype).transpose(1, 2)
     whole = normal(2, 3, r, seed=4).to(dtype)[:, :, None].expand(-1, -1, 4, -1)
-    for one, other in ((left, left), (left, whole), (whole, right)):
+    apart = normal(2, 3, r, 4, seed=5).to(dtype).mT
+    for one, other in ((left, left), (left, whole), (whole, right), (apart, left), (left, apart)):
         found = total.clone()
         normal_equations.add_weighted_grams(gram, one, other, found)
         expected = total + torch.einsum("kabr,kbrt,kabt->kart", one, gram, other)
@@ -401,10 +412,11 @@ def test_gram_matrices_are_scaled_from_both_sides_and_added(r: int, dtype: torch
 @pytest.mark.parametrize("r", [1, 5, 16, 70])
 def test_what_couplings_explain_is_summed_over_all_of_a_row(r: int, dtype: torch.dtype) -> None:
     own, gram = positive(2, 3, r, r).to(dtype), normal(2, 4, r, r, seed=1).to(dtype)
-    couplings = normal(2, 4, 3, r, seed=2).to(dtype).transpose(1, 2)
-    expected = torch.einsum("kitr,kjtr,kijt->kir", own, gram, couplings)
-    found = normal_equations.explained_by(own, gram, couplings)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
+    rows, columns = normal(2, 4, 3, r, seed=2).to(dtype), normal(2, 3, r, 4, seed=3).to(dtype)
+    for couplings in (rows.transpose(1, 2), columns.mT):
+        expected = torch.einsum("kitr,kjtr,kijt->kir", own, gram, couplings)
+        found = normal_equations.explained_by(own, gram, couplings)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

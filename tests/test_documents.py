@@ -13,9 +13,7 @@ from typer.testing import CliRunner
 from blastnn.cli import app
 from blastnn.compress.html_provenance import calibration_section
 from blastnn.errors import CalibrationError
-from blastnn.evaluate.text import end_of_document, first_windows, read_text
-from blastnn.models.demo import prepare_model
-from blastnn.models.source import load_tokenizer
+from blastnn.evaluate.text import first_windows, read_text
 from tests.made_up import TEXT, byte_tokenizer, make_folder
 
 END = 256
@@ -67,7 +65,16 @@ def test_a_text_file_is_one_document_whatever_its_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["plain words", '{"content": "ab"}', '{"text": 3}', "[1, 2]", '"text"', "[" * 100_000]
+    "line",
+    [
+        "plain words",
+        '{"content": "ab"}',
+        '{"text": 3}',
+        "[1, 2]",
+        '"text"',
+        "[" * 100_000,
+        '{"text": "\\ud800"}',
+    ],
 )
 def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "text.jsonl"
@@ -87,12 +94,6 @@ def test_the_beginning_of_a_text_ends_with_a_whole_document(tmp_path: Path) -> N
     assert several.beginning(4).documents == ("abc", "def")
     assert several.beginning(100).documents == several.documents
     assert read_text(TEXT).beginning(5).documents == (TEXT.read_text()[:5],)
-
-
-def test_the_demo_models_turns_end_otherwise_than_documents() -> None:
-    tokenizer = load_tokenizer(prepare_model(print))
-    (end,) = end_of_document(tokenizer)
-    assert tokenizer.decode([end]) == "<|endoftext|>" != tokenizer.eos_token
 
 
 def test_compress_takes_documents_and_reports_how_many(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import BloomConfig, LlamaConfig, PreTrainedConfig, RobertaConfig
 
 from blastnn.evaluate import score
 from blastnn.evaluate.probe import digest, matches, probe
 from blastnn.integrations.transformers import load_model
+from blastnn.models.context import positions, window_length
 from tests.made_up import TEXT, byte_tokenizer, make_folder, make_model
 
 
@@ -42,3 +45,20 @@ def test_self_check_tells_the_last_bit() -> None:
     weight = model.model.norm.weight.data
     weight[0] = torch.nextafter(weight[0], torch.tensor(2.0))
     assert not matches(model, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(max_position_embeddings=64), 64),
+        (RobertaConfig(max_position_embeddings=66), 64),
+        (LlamaConfig(max_position_embeddings=-1), sys.maxsize),
+        (BloomConfig(), sys.maxsize),
+    ],
+    ids=lambda value: getattr(value, "model_type", str(value)),
+)
+def test_a_model_reads_as_many_tokens_as_it_has_positions(
+    config: PreTrainedConfig, expected: int
+) -> None:
+    assert positions(config) == expected
+    assert window_length(config, 1024) == min(1024, expected)

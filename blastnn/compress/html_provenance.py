@@ -89,7 +89,7 @@ def _sources(sources: list[dict[str, Any]]) -> Html:
         )
         for source in sources
     )
-    return table(("Source", "Documents#", "Tokens#", "Windows#", "SHA-256"), rows)
+    return table(("Source", "Documents in it#", "Tokens#", "Windows#", "SHA-256"), rows)
 
 
 def facts_section(title: str, facts: object) -> Html:

@@ -15,10 +15,11 @@ from blastnn.errors import ModelError
 from blastnn.evaluate.text import Windows
 
 PROTOCOL = (
-    "the text is tokenised once; its first tokens are cut into contiguous windows that do not "
-    "overlap, framed by the tokenizer's own special tokens if it has any; each window is scored "
-    "on its own, from its second token on; what does not fill a window is dropped; perplexity is "
-    "exp of the mean negative log-likelihood per token, in natural logarithms"
+    "the text is tokenised once, the documents of a .jsonl file with the token that ends one "
+    "between them; its first tokens are cut into contiguous windows that do not overlap, framed by "
+    "the tokenizer's own special tokens if it has any; each window is scored on its own, from its "
+    "second token on; what does not fill a window is dropped; perplexity is exp of the mean "
+    "negative log-likelihood per token, in natural logarithms"
 )
 
 

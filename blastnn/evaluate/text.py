@@ -99,7 +99,8 @@ def _lines(path: Path, content: str) -> Iterator[str]:
             continue
         try:
             document = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError, RecursionError):
+            document.encode("utf-8")  # JSON can say what is no character
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             document = None
         if not isinstance(document, str):
             raise CalibrationError(

@@ -5,7 +5,7 @@ One *sweep* solves for each block of unknowns in turn (``als_free.py`` without d
 ``als_weighted.py`` with) and goes ``omega`` times as far as the exact solution. It is applied to a
 point extrapolated beyond the last two, the classical momentum of fixed-point maps; whenever
 the error would rise, momentum is dropped for one sweep, and if it still rises, over-relaxation
-and ridge too. The last sweep is exact. No result is worse than the start.
+and ridge too. The last sweep goes no further than the solutions. No result is worse than the start.
 
 The start is a (whitened) low-rank factorisation, of larger matrices by randomised range finding,
 cut into blocks, with ``S = 1 + noise``: with equal couplings the blocks would move as one.

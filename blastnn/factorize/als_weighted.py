@@ -65,8 +65,8 @@ class WeightedSweep(Sweeper):
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(diagonal))
         target = split_blocks(problem.weight @ problem.moment, self.spec)
         by_column = target.transpose(0, 1).reshape(b2, -1, q)
-        columns = pairs.transpose(0, 1).reshape(b2, b2 * q, q)
-        return by_column.to(dtype).contiguous(), columns.to(dtype), inverse.to(dtype)
+        columns = pairs.to(dtype).transpose(0, 1).reshape(b2, b2 * q, q)
+        return by_column.to(dtype).contiguous(), columns, inverse.to(dtype)
 
     def sweep(
         self, state: State, omega: Sequence[float], ridge: Sequence[float]
@@ -119,8 +119,8 @@ class WeightedSweep(Sweeper):
         for j in range(S.shape[2]):
             M = products[j]  # (k, c, t, r)
             gap = (wanted[:, j] - explained_by(gram, M, S))[:, :, None]
-            own = M[:, j, None].contiguous()
-            change = descend_couplings(gram, own, gap, torch.zeros_like(gap), COUPLING_STEPS)
+            M_jj = M[:, j, None].contiguous()
+            change = descend_couplings(gram, M_jj, gap, torch.zeros_like(gap), COUPLING_STEPS)
             S[:, :, j] += change[:, :, 0] * per_problem(omega, change[:, :, 0])
         return S
 

@@ -24,7 +24,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Real
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import torch
@@ -213,8 +214,8 @@ def require_positive_int(field: str, value: object) -> None:
 
 def require_budget(params: object, step: object) -> None:
     """Raise StructureError unless a budget is a finite number, and its step at least 1."""
-    number = isinstance(params, Real) and not isinstance(params, bool)
-    if not number or not math.isfinite(params):  # type: ignore[arg-type]
+    whole = isinstance(params, Integral)  # of any size: math.isfinite would overflow
+    if isinstance(params, bool) or not (whole or (isinstance(params, Real) and isfinite(params))):
         raise StructureError(f"params must be a number of parameters, but is {params!r}")
     require_positive_int("step", step)
 
