@@ -1,11 +1,11 @@
 r"""Which layer gets how many parameters: least predicted loss for the whole budget.
 
 The spectra of ``spectrum.py`` predict what each layer costs the model at each size: a structure of
-``k`` parameters is taken for low rank of rank ``k / (m + n)``, which loses the tail of the
-spectrum behind it, times a factor for how much better the structure is. Loss adds up over layers,
-so the best shares are where all have one price: each layer minimises ``loss + price * parameters``,
-and the price is the one at which the sum meets the budget. A layer that stays dense costs ``m n``
-and loses nothing; where that is the best buy, it does.
+``k`` parameters is taken for low rank of rank ``c k / (m + n)``, which loses the tail of the
+spectrum behind it, with a ``c`` for how much further the structure reaches. Loss adds up over
+layers, so the best shares are where all have one price: each layer minimises ``loss + price *
+parameters``, and the price is the one at which the sum meets the budget. A layer that stays dense
+costs ``m n`` and loses nothing; where that is the best buy, it does.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from blastnn.compress.spectrum import Spectra
 from blastnn.errors import PlanError
 from blastnn.structures import Structure
 
-# Squared error of a structure over that of low rank with as many parameters, data-aware, layers of
-# the demo model at 80% (docs/structures.md); what is not here is taken for low rank.
-AGAINST_LOW_RANK = {"blast": 0.35}
+# How many times the rank low rank would need for the error of a structure of as many parameters,
+# data-aware (docs/log.md): BLAST 1.3 to 1.6, alike for large and small shares, where the ratio of
+# the errors is anything from 0.16 to 0.67. What is not here is taken for low rank.
+REACH = {"blast": 1.4}
 LEAST = 0.5  # of a layer's uniform share, whatever the prediction says
 GRID = 64  # sizes that are tried, to a whole layer
 STEP = 8  # ranks are multiples of it: the vectors of a kernel are full
@@ -61,7 +62,7 @@ def _choices(layer: LayerPlan, spectrum: list[float], options: Options) -> list[
     """Sizes of one layer, the planned one among them; only such as are no slower than dense."""
     tails = [*accumulate(reversed(spectrum), initial=0.0)][::-1]
     per_rank = layer.out_features + layer.in_features
-    factor = 0.5 * AGAINST_LOW_RANK.get(options.structure, 1.0)
+    reach = REACH.get(options.structure, 1.0) / per_rank
     assert layer.spec is not None
     specs = {layer.spec}
     least = LEAST * layer.planned_params / layer.dense_params
@@ -71,14 +72,15 @@ def _choices(layer: LayerPlan, spectrum: list[float], options: Options) -> list[
             spec, _ = worthwhile_spec(layer, options, size, STEP)
             specs |= {spec} if spec is not None else set()
     return [Choice(layer.dense_params, 0.0, None)] + [
-        Choice(spec.num_params, factor * _between(tails, spec.num_params / per_rank), spec)
+        Choice(spec.num_params, 0.5 * _between(tails, reach * spec.num_params), spec)
         for spec in sorted(specs, key=lambda spec: spec.num_params)
     ]
 
 
 def _between(tails: list[float], rank: float) -> float:
     """What low rank of this rank, a fraction allowed, leaves of the spectrum."""
-    below = min(int(rank), len(tails) - 1)
+    rank = min(rank, len(tails) - 1)
+    below = int(rank)
     above = min(below + 1, len(tails) - 1)
     return tails[below] + (tails[above] - tails[below]) * (rank - below)
 
