@@ -35,7 +35,7 @@ def test_a_command_gets_its_choices_and_its_own_parameters() -> None:
     expected = Options(**own, sweeps=20, gradient_windows=4)
     assert seen == [("x", expected, 7)]
     assert CliRunner().invoke(app, ["x"]).exit_code == 0
-    assert seen[1:] == [("x", Options(blocks=(8, 8), sweeps=120), 1)]
+    assert seen[1:] == [("x", Options(blocks=(8, 8), sweeps=80), 1)]
 
 
 def test_a_dry_run_needs_no_more_than_a_configuration(
