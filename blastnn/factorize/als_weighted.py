@@ -72,8 +72,8 @@ class WeightedSweep(Sweeper):
         self, state: State, omega: Sequence[float], ridge: Sequence[float]
     ) -> tuple[State, list[float]]:
         """``V``, ``S`` and ``U`` in turn; the new states and their relative errors."""
-        V, moved = self._right(state, omega, ridge)
         gram = multiply(state.U.mT, state.U)  # (k, i, r, t)
+        V, moved = self._right(state, gram, omega, ridge)
         projected = multiply(self.target, V).unflatten(2, state.U.shape[1:3])  # Y_ij V_j
         products = _Products(V, moved)
         S = self._couplings(state, gram, projected, products, omega)
@@ -85,11 +85,10 @@ class WeightedSweep(Sweeper):
         return result, self.errors_from(quadratic(U, normal, right), result)
 
     def _right(
-        self, state: State, omega: Sequence[float], ridge: Sequence[float]
+        self, state: State, gram: Tensor, omega: Sequence[float], ridge: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
         """New ``V`` and the products ``C_jc V_c`` as ``(k, c, j, q, r)``."""
         U, V, by_column = state.U, state.V.clone(), state.S.transpose(1, 2)  # (k, c, i, r)
-        gram = multiply(U.mT, U)  # (k, i, r, t)
         moved = multiply(self.moment, V).unflatten(2, V.shape[1:3])
         for j in range(V.shape[1]):
             # H_cj for all c: the i-th summand is (s_ic s_ij^T) * gram_i.

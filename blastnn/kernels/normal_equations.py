@@ -105,11 +105,9 @@ def weighted_grams(gram: Tensor, couplings: Tensor) -> Tensor:
     if _is_native(gram):
         total: Tensor = torch.ops.blastnn.weighted_grams(gram, couplings)
         return total
-    rows = [
-        (gram * couplings[:, i, :, None, :]).mul_(couplings[:, i, :, :, None]).sum(1)
-        for i in range(couplings.shape[1])
-    ]
-    return torch.stack(rows, dim=1)
+    total = gram.new_zeros(*couplings.shape[:2], *gram.shape[2:])
+    add_weighted_grams(gram, couplings, couplings, total)
+    return total
 
 
 def add_weighted_grams(gram: Tensor, left: Tensor, right: Tensor, total: Tensor) -> None:

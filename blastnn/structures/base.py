@@ -24,7 +24,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from math import isfinite
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -214,8 +213,9 @@ def require_positive_int(field: str, value: object) -> None:
 
 def require_budget(params: object, step: object) -> None:
     """Raise StructureError unless a budget is a finite number, and its step at least 1."""
-    whole = isinstance(params, Integral)  # of any size: math.isfinite would overflow
-    if isinstance(params, bool) or not (whole or (isinstance(params, Real) and isfinite(params))):
+    number = isinstance(params, Real) and not isinstance(params, bool)
+    # Whole numbers may be of any size: math.isfinite would overflow.
+    if not number or not (isinstance(params, Integral) or math.isfinite(params)):  # type: ignore[arg-type]
         raise StructureError(f"params must be a number of parameters, but is {params!r}")
     require_positive_int("step", step)
 
