@@ -53,8 +53,8 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise() -> None:
     layer = 4 * 6
     said, kept = run()
     assert said == "True"
-    # With a threshold of one's own, blocks above it always go back. Without any, glibc moves its own,
-    # and whether it gives memory back depends on what happens to lie at the end of the heap.
+    # With a threshold of one's own, blocks above it always go back. Without any, glibc moves its
+    # own, and what it gives back depends on what happens to lie at the end of the heap.
     said, given_back = run(MALLOC_MMAP_THRESHOLD_="131072")
     assert said == "False"
     assert given_back < layer <= kept
