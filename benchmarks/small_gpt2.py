@@ -5,7 +5,7 @@
         --keep 0.8 --window 256 --calibration demo:wiki-calibration --text demo:wiki-test
 
 Six layers of 256, 4,096 byte pairs, windows of 256 tokens; trained on the first 60% of the demo's
-``wiki`` and ``c4``. It is a model to measure on, not to use.
+``wiki`` and ``c4``, with a token between documents. It is a model to measure on, not to use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from blastnn.models.demo import CALIBRATION, demo_text
+from blastnn.models.demo import CALIBRATION, demo_documents
 
 VOCABULARY, WINDOW, BATCH, RATE, WARM_UP = 4096, 256, 8, 2e-3, 20
 END = "<|endoftext|>"
@@ -62,9 +62,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    texts = [demo_text(name) for name in CALIBRATION]
-    tokenizer = make_tokenizer(texts, arguments.folder)
-    ids = torch.cat([torch.tensor(tokenizer(text)["input_ids"]) for text in texts])
+    documents = [document for name in CALIBRATION for document in demo_documents(name)]
+    tokenizer = make_tokenizer(documents, arguments.folder)
+    ids = torch.tensor(tokenizer(END.join(documents))["input_ids"])
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=WINDOW,

@@ -14,6 +14,7 @@ from blastnn.cli import app
 from blastnn.compress.html_provenance import calibration_section
 from blastnn.errors import CalibrationError
 from blastnn.evaluate.text import first_windows, read_text
+from blastnn.models.demo import cut
 from tests.made_up import TEXT, byte_tokenizer, make_folder
 
 END = 256
@@ -108,3 +109,22 @@ def test_compress_takes_documents_and_reports_how_many(tmp_path: Path) -> None:
     (source_row,) = report["calibration"]["sources"]
     assert source_row["documents"] == len(read_text(path).documents) > 1
     assert "Documents" in str(calibration_section(report))
+
+
+def test_the_demos_calibration_texts_are_cut_where_documents_begin() -> None:
+    wiki = '<doc id="1">\nOne\n\nbody\n</doc>\n<doc id="2">\nTwo <doc here\n</doc>\n<doc id="3'
+    assert [document.split("\n")[0] for document in cut(wiki, "wiki")] == [
+        '<doc id="1">',
+        '<doc id="2">',
+        '<doc id="3',
+    ]
+    assert cut("one two\n\n three \nfour", "c4") == ("one two", "three", "four")
+
+
+@pytest.mark.slow
+def test_the_demo_is_calibrated_on_documents_and_scored_on_one_text() -> None:
+    wiki, c4 = (read_text(f"demo:{name}-calibration") for name in ("wiki", "c4"))
+    assert len(wiki.documents) > 1000 and all(d.startswith("<doc id=") for d in wiki.documents)
+    assert len(c4.documents) > 300 and not any("\n" in document for document in c4.documents)
+    for name in ("wiki-test", "c4-test", "tiny"):
+        assert len(read_text(f"demo:{name}").documents) == 1

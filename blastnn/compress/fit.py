@@ -72,14 +72,10 @@ def fit_layers(
     wanted = aim.target
     if weights:
         wanted = torch.cat([w.apply(target) for w, target in zip(weights, targets, strict=True)])
-    extra: dict[str, Any] = {}
-    if "sweeps" in solver_options(solver):
-        extra = {"sweeps": options.sweeps}
-    if kept[0] is not None:
-        extra = {"kept": kept[0], "refit": False}
     seen = None if data_free else aim.second
     # Weighted factors are rounded after the weight is undone.
     rounded = None if weights else dtype
+    extra = _extra(solver, kept[0], options)
     result = factorize(wanted, whole, seen, solver, options.seed, rounded, **extra)
     parts = unstacked(specs, result.factors) if len(specs) > 1 else [result.factors]
     if weights:
@@ -101,6 +97,13 @@ def fit_layers(
             layer.share(fitted[0][0])
         fitted.append((layer.requires_grad_(False), {**errors, **fields}))
     return fitted
+
+
+def _extra(solver: str, kept: Tensor | None, options: Options) -> dict[str, Any]:
+    """What this solver is told besides the problem."""
+    if kept is not None:
+        return {"kept": kept, "refit": False}
+    return {"sweeps": options.sweeps} if "sweeps" in solver_options(solver) else {}
 
 
 def fit_layer(

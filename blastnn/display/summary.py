@@ -18,7 +18,22 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
     console = wide_console()
     if not fresh:
         console.print(f"{output} was finished before; nothing to do")
-    keep = report["keep"]
+    _print_sizes(console, report["keep"])
+    _print_ingredients(console, report)
+    measured = report["measured"]
+    if measured is None:
+        console.print(f"not measured: {report['not_measured']}")
+    else:
+        _print_measured(console, measured)
+    _print_costs(console, report["timing"], report["memory"])
+    state = SAME[report["self_check"]["verified"]]
+    console.print(f"logits of the model loaded in a fresh process and of the job: {state}")
+    for warning in report["warnings"]:
+        console.print(f"warning: {warning}")
+    console.print(f"{output / 'report.html'}")
+
+
+def _print_sizes(console: Console, keep: dict[str, Any]) -> None:
     for part in ("targets", "model"):
         for unit in ("params", "bytes"):
             share = keep[part][unit]
@@ -29,6 +44,9 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
                 f"{part:8}{unit:7}{share['before']:>13,} -> {share['after']:>13,}  "
                 f"kept {share['kept']:.2%}{asked}"
             )
+
+
+def _print_ingredients(console: Console, report: dict[str, Any]) -> None:
     measured_first = report["sensitivity"]
     if measured_first["why_not_allocated"] is None:
         console.print(
@@ -53,25 +71,17 @@ def print_summary(report: dict[str, Any], output: Path, fresh: bool, as_json: bo
             f"factors in {how['bits']} bits, {how['bits_per_weight']:.2f} a weight with scales; "
             f"relative error added: mean {error['mean']:.4f}, largest {error['largest']:.4f}"
         )
-    measured = report["measured"]
-    if measured is None:
-        console.print(f"not measured: {report['not_measured']}")
-    else:
-        _print_measured(console, measured)
-    timing = report["timing"]
+
+
+def _print_costs(console: Console, timing: dict[str, Any], memory: dict[str, Any]) -> None:
     console.print(
         f"{timing['total']:.0f} s: measuring {timing['measure']:.0f}, factorisation "
         f"{timing['factorise']:.0f}, refinement {timing['refine']:.0f}, forward passes "
         f"{timing['forward']:.0f}, other {timing['other']:.0f} ({timing['other_share']:.1%})"
     )
-    peak = report["memory"]["peak_anonymous_bytes"]
+    peak = memory["peak_anonymous_bytes"]
     if peak is not None:
         console.print(f"peak anonymous memory {peak / MIB:.0f} MiB")
-    state = SAME[report["self_check"]["verified"]]
-    console.print(f"logits of the model loaded in a fresh process and of the job: {state}")
-    for warning in report["warnings"]:
-        console.print(f"warning: {warning}")
-    console.print(f"{output / 'report.html'}")
 
 
 def _print_measured(console: Console, measured: dict[str, Any]) -> None:

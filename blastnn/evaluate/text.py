@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blastnn.errors import CalibrationError
 from blastnn.files import sha256_of_text
-from blastnn.models.demo import PREFIX, demo_text
+from blastnn.models.demo import PREFIX, demo_documents
 
 # What ends a document in the training text of language models. Looked for by name, because the
 # ``eos_token`` of a chat model ends a turn.
@@ -73,7 +73,7 @@ def read_text(source: str | Path) -> Text:
             text.
     """
     if str(source).startswith(PREFIX):
-        return Text(str(source), (demo_text(str(source)),))
+        return Text(str(source), demo_documents(str(source)))
     path = Path(source)
     try:
         content = path.read_text(encoding="utf-8")

