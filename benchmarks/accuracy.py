@@ -33,7 +33,7 @@ MINILM = Package(
 )
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 OUR_TEXTS = ("demo:wiki-calibration", "demo:c4-calibration")
-# Ten sweeps, half of the preset's: what the tables of ingredients were measured with.
+# Ten sweeps, fewer than the preset has: what the tables of ingredients were measured with.
 FAST = ("--preset", "fast", "--scored-tokens", "8192", "--keep", "0.8", "--sweeps", "10")
 MORE_SWEEPS = (*FAST[:-1], "40")
 OURS = ("blast-refined", "blast-own", "blast-uniform", "blast-equal", "blast-independent")
