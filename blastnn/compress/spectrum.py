@@ -168,7 +168,7 @@ class LayerSum:
 
 def _mean_power(vectors: Tensor) -> float:
     """Of rows that are summed up, the mean square over columns."""
-    return float(vectors.double().square().sum()) / vectors.shape[1]
+    return float(torch.linalg.vector_norm(vectors, dtype=torch.float64)) ** 2 / vectors.shape[1]
 
 
 def _with_gradient(output: Tensor) -> Tensor:
