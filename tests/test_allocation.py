@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import blastnn
-from blastnn.compress.allocate import allocate
+from blastnn.compress.allocate import allocate, reach
 from blastnn.compress.fit import fit_layer
 from blastnn.compress.job import Job, Progress, prepare_job
 from blastnn.compress.measured import MEASUREMENT, PLAN, measured_windows
@@ -153,6 +153,30 @@ def test_no_layer_keeps_less_than_half_of_its_uniform_share(keep: float) -> None
     one_step = 256 * 256 / 64 + 8 * (256 + 256 + 4)  # of the sizes tried, and of the ranks
     share = uniform.layers[0].planned_params
     assert share / 2 - one_step <= plan.layers[0].planned_params < share
+
+
+def test_blast_in_fewer_blocks_reaches_less_far_and_in_one_row_as_low_rank_does() -> None:
+    reached = [reach(Blast(64, 64, 8, (blocks, 8))) for blocks in (1, 2, 3, 4, 8, 16)]
+    assert reached[0] == reach(LowRank(64, 64, 8)) == 1.0
+    assert reached == sorted(reached) and reached[-1] > reached[0]
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(1, 1.05), (2, 1.5), (4, 1.9)])
+def test_the_reach_of_blast_is_that_of_its_fits(blocks: int, most: float) -> None:
+    """On a matrix with structure to share between blocks, weighted: never less than is assumed."""
+    spec = Blast(96, 96, 24, (blocks, blocks))
+    generator = torch.Generator().manual_seed(0)
+    shared = Blast(96, 96, 40, (8, 8))
+    factors = {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in shared.factor_shapes().items()
+    }
+    weight = shared.to_dense(factors)
+    found = blastnn.factorize(weight, spec, solver="als", sweeps=80).relative_error ** 2
+    squares = torch.linalg.svdvals(weight.double()).square()
+    left = squares.flip(0).cumsum(0).flip(0) / squares.sum()
+    rank = int((left > found * (1 + 1e-6)).sum())  # low rank needs one more for less
+    assert reach(spec) <= (rank + 1) / (spec.num_params / 192) <= most * reach(spec)
 
 
 def test_a_layer_that_must_be_whole_stays_dense_within_the_budget() -> None:

@@ -21,9 +21,10 @@ from blastnn.errors import PlanError
 from blastnn.structures import Structure
 
 # How many times the rank low rank would need for the error of a structure of as many parameters,
-# data-aware (docs/log.md): BLAST 1.3 to 1.6, alike for large and small shares, where the ratio of
-# the errors is anything from 0.16 to 0.67. What is not here is taken for low rank.
-REACH = {"blast": 1.4}
+# data-aware, by the lesser number of blocks a side (docs/log.md): alike for large and small shares,
+# where the ratio of the errors is anything from 0.16 to 0.67. What is not here is taken for low
+# rank, which BLAST in one block is.
+REACH = {"blast": {1: 1.0, 2: 1.2, 4: 1.35, 8: 1.4}}
 LEAST = 0.5  # of a layer's uniform share, whatever the prediction says
 GRID = 64  # sizes that are tried, to a whole layer
 STEP = 8  # ranks are multiples of it: the vectors of a kernel are full
@@ -62,7 +63,6 @@ def _choices(layer: LayerPlan, spectrum: list[float], options: Options) -> list[
     """Sizes of one layer, the planned one among them; only such as are no slower than dense."""
     tails = [*accumulate(reversed(spectrum), initial=0.0)][::-1]
     per_rank = layer.out_features + layer.in_features
-    reach = REACH.get(options.structure, 1.0) / per_rank
     assert layer.spec is not None
     specs = {layer.spec}
     least = LEAST * layer.planned_params / layer.dense_params
@@ -72,9 +72,20 @@ def _choices(layer: LayerPlan, spectrum: list[float], options: Options) -> list[
             spec, _ = worthwhile_spec(layer, options, size, STEP)
             specs |= {spec} if spec is not None else set()
     return [Choice(layer.dense_params, 0.0, None)] + [
-        Choice(spec.num_params, 0.5 * _between(tails, reach * spec.num_params), spec)
+        Choice(
+            spec.num_params, 0.5 * _between(tails, reach(spec) * spec.num_params / per_rank), spec
+        )
         for spec in sorted(specs, key=lambda spec: spec.num_params)
     ]
+
+
+def reach(spec: Structure) -> float:
+    """How many times the rank low rank would need for the error of this spec (``REACH``)."""
+    known = REACH.get(spec.name)
+    if known is None:
+        return 1.0
+    least = min(getattr(spec, "blocks", (1, 1)))
+    return known[max(blocks for blocks in known if blocks <= least)]
 
 
 def _between(tails: list[float], rank: float) -> float:
