@@ -21,7 +21,7 @@ from blastnn.compress.plan import ALLOCATED, SLOWER, LayerPlan, Plan
 from blastnn.compress.report import build_report
 from blastnn.compress.run import run_job
 from blastnn.compress.sensitivity import SensitivityPass, block_file, outputs_file
-from blastnn.compress.spectrum import LayerSum, measure_whole
+from blastnn.compress.spectrum import LayerSum, fisher_loss, measure_whole
 from blastnn.files import read_json
 from blastnn.models.tensors import read_tensors
 from blastnn.models.walk import first_tensor
@@ -42,6 +42,16 @@ def layers_of(job: Job) -> list[dict[str, int | None]]:
     """The names of the targeted layers, by block."""
     blocks = range(len(job.walker.blocks))
     return [{la.name: 2 for la in job.plan.of_block(i) if la.spec is not None} for i in blocks]
+
+
+def test_labels_are_drawn_from_the_models_own_predictions() -> None:
+    probabilities = torch.tensor([0.1, 0.6, 1e-9, 0.3])
+    logits = probabilities.log().expand(20_000, 4).contiguous().requires_grad_()
+    fisher_loss(logits, True, seed=1).backward()
+    assert logits.grad is not None
+    drawn = (logits.grad < 0).double().mean(0)  # the gradient is p, less 1 at the label
+    assert drawn[2] == 0.0
+    assert torch.allclose(drawn, probabilities.double(), atol=0.015)  # four standard deviations
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(6, 10), (10, 6), (7, 7)])

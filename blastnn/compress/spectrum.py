@@ -240,5 +240,15 @@ def fisher_loss(output: Tensor, predictions: bool, seed: int) -> Tensor:
     if not predictions:
         return (flat * torch.randn(flat.shape, generator=generator)).sum()
     with torch.no_grad():
-        labels = torch.multinomial(flat.softmax(-1), 1, generator=generator)[:, 0]
+        labels = _drawn(flat.softmax(-1), generator)
     return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One label for every row ``(tokens, labels)``, where a uniform number falls in the sums.
+
+    ``torch.multinomial`` draws a number for every probability, which takes ten times as long.
+    """
+    sums = probabilities.cumsum(-1)
+    at = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, at, right=True)[:, 0].clamp(max=sums.shape[-1] - 1)
