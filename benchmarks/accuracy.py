@@ -33,9 +33,9 @@ MINILM = Package(
 )
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 OUR_TEXTS = ("demo:wiki-calibration", "demo:c4-calibration")
-# Ten sweeps, fewer than the preset has: what the tables of ingredients were measured with.
-FAST = ("--preset", "fast", "--scored-tokens", "8192", "--keep", "0.8", "--sweeps", "10")
-MORE_SWEEPS = (*FAST[:-1], "40")
+# What the tables of ingredients were measured with: more tokens than the preset has.
+FAST = ("--preset", "fast", "--scored-tokens", "8192", "--keep", "0.8")
+TOKENS = ("--calibration-tokens", "12288")
 OURS = ("blast-refined", "blast-own", "blast-uniform", "blast-equal", "blast-independent")
 STACKS = ("blast-stacked", "blast-apart", "whitened-svd", "joint-rank-k")
 TRAINING_MINUTES = 20
@@ -93,16 +93,16 @@ def chains(root: Path) -> dict[str, Chain]:
             sweep("demo", main, both, *repeated("keep", ("0.9", "0.5")), "--keep-models"),
             *(step for each in both for step in tasks_of(models / f"{each}-0.8", root)),
         ],
-        "ablation": [sweep("demo", root / "ablation", ("blast", *OURS, *STACKS), *FAST)],
+        "ablation": [sweep("demo", root / "ablation", ("blast", *OURS, *STACKS), *FAST, *TOKENS)],
         "tokens-65536": [_calibrated(root, "tokens-65536", "--calibration-tokens", "65536")],
         "tokens-16384": [_calibrated(root, "tokens-16384", "--calibration-tokens", "16384")],
         "tokens-4096": [_calibrated(root, "tokens-4096", "--calibration-tokens", "4096")],
-        "sweeps-40": [sweep("demo", root / "sweeps-40", ("blast",), *MORE_SWEEPS)],
-        "code": [_calibrated(root, "code", "--calibration", str(_text("code")))],
+        "sweeps-40": [_calibrated(root, "sweeps-40", *TOKENS, "--sweeps", "40")],
+        "code": [_calibrated(root, "code", *TOKENS, "--calibration", str(_text("code")))],
     }
     for blocks in ("2", "4", "16"):
         name = f"blocks-{blocks}"
-        found[name] = [_calibrated(root, name, "--blocks", blocks)]
+        found[name] = [_calibrated(root, name, *TOKENS, "--blocks", blocks)]
     small = ("benchmarks/small_gpt2.py", str(root / "gpt2-model"))
     trained = (*small, "--minutes", str(TRAINING_MINUTES))
     calibrated = (*gpt2, *repeated("calibration", OUR_TEXTS), *repeated("keep", ("0.8", "0.5")))
