@@ -33,7 +33,7 @@ MINILM = Package(
 )
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 OUR_TEXTS = ("demo:wiki-calibration", "demo:c4-calibration")
-# What the tables of ingredients were measured with: more tokens than the preset has.
+# What the tables of ingredients were measured with, whatever the preset has.
 FAST = ("--preset", "fast", "--scored-tokens", "8192", "--keep", "0.8")
 TOKENS = ("--calibration-tokens", "12288")
 OURS = ("blast-refined", "blast-own", "blast-uniform", "blast-equal", "blast-independent")
