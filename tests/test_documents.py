@@ -14,7 +14,7 @@ from blastnn.cli import app
 from blastnn.compress.html_provenance import calibration_section
 from blastnn.errors import CalibrationError
 from blastnn.evaluate.text import first_windows, read_text
-from blastnn.models.demo import cut
+from blastnn.models.demo import documents_of
 from tests.made_up import TEXT, byte_tokenizer, make_folder
 
 END = 256
@@ -113,12 +113,12 @@ def test_compress_takes_documents_and_reports_how_many(tmp_path: Path) -> None:
 
 def test_the_demos_calibration_texts_are_cut_where_documents_begin() -> None:
     wiki = '<doc id="1">\nOne\n\nbody\n</doc>\n<doc id="2">\nTwo <doc here\n</doc>\n<doc id="3'
-    assert [document.split("\n")[0] for document in cut(wiki, "wiki")] == [
+    assert [document.split("\n")[0] for document in documents_of(wiki, "wiki")] == [
         '<doc id="1">',
         '<doc id="2">',
         '<doc id="3',
     ]
-    assert cut("one two\n\n three \nfour", "c4") == ("one two", "three", "four")
+    assert documents_of("one two\n\n three \nfour", "c4") == ("one two", "three", "four")
 
 
 @pytest.mark.slow

@@ -69,10 +69,10 @@ def demo_documents(name: str, say: Say = lambda _: None) -> tuple[str, ...]:
     whole = (folder / TEXT_FOLDER / f"{text}.utf8").read_text(encoding="utf-8")
     first, last = PARTS[part]
     piece = whole[int(first * len(whole)) : int(last * len(whole))]
-    return cut(piece, text) if part == CALIBRATED and text in BEGINNINGS else (piece,)
+    return documents_of(piece, text) if part == CALIBRATED and text in BEGINNINGS else (piece,)
 
 
-def cut(piece: str, text: str) -> tuple[str, ...]:
+def documents_of(piece: str, text: str) -> tuple[str, ...]:
     """The documents in a piece of one of the texts in ``BEGINNINGS``, stripped."""
     documents = re.split(BEGINNINGS[text], piece, flags=re.MULTILINE)
     return tuple(stripped for document in documents if (stripped := document.strip()))
