@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -113,6 +114,41 @@ def test_it_goes_on_where_it_stopped_and_can_grow(source: Path, tmp_path: Path) 
     assert {n for n in names if "safetensors" in n or n == "config.json"} == set()
     grown = run_sweep(ask(source, ("scaled-svd",)), tmp_path / "parts")
     assert [r["method"] for r in grown["table"]["rows"]] == ["dense", "scaled-svd", *SVD]
+
+
+class Counted(Progress):
+    """How many steps of a measurement a job took."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def measured(self, done: int, total: int) -> None:
+        self.steps += 1
+
+
+def test_cells_that_would_measure_the_same_share_it(source: Path, tmp_path: Path) -> None:
+    """Equal outputs need no ``G``, so that cell measures something else."""
+    names = ("blast", "blast-unrefitted", "blast-equal")
+    heard = {name.replace("-", "_"): Counted() for name in names}
+    values = run_sweep(ask(source, names), tmp_path / "all", progress=Heard(**heard))
+    assert [counted.steps for counted in heard.values()] == [4, 0, 4]
+    for name in names:
+        alone = run_sweep(ask(source, (name,)), tmp_path / name)["cells"][f"{name}-0.6"]
+        shared = values["cells"][f"{name}-0.6"]
+        assert (shared["scores"], shared["params"]) == (alone["scores"], alone["params"])
+    path = tmp_path / "all" / "cells" / "blast-unrefitted-0.6" / "report.json"
+    assert json.loads(path.read_text())["timing"]["measure"] > 0.0
+    assert not (tmp_path / "all" / "measured").exists()
+
+
+def test_a_measurement_that_has_gone_is_made_again(source: Path, tmp_path: Path) -> None:
+    whole = run_sweep(ask(source, ("blast",)), tmp_path / "whole")
+    stop = Heard(blast=Interruption(9))
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(ask(source, ("blast",)), tmp_path / "parts", progress=stop)
+    shutil.rmtree(tmp_path / "parts" / "measured")
+    parts = run_sweep(ask(source, ("blast",)), tmp_path / "parts")
+    assert parts["cells"]["blast-0.6"]["scores"] == whole["cells"]["blast-0.6"]["scores"]
 
 
 def test_a_failed_cell_is_told_and_tried_again(

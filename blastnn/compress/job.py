@@ -50,12 +50,19 @@ class Progress(BlockProgress):
 class Job(Draft):
     """A prepared compression: everything is known but no weight has been read.
 
+    Attributes:
+        windows: the calibration text; None without data.
+        progress: told what happens.
+        measurements: a folder in which jobs that would measure the same find what the first of
+            them did; without one, each measures for itself.
+
     Raises:
         PlanError: there is too little text for what is asked.
     """
 
     windows: Windows | None
     progress: Progress = field(default_factory=Progress)
+    measurements: Path | None = None
 
     def __post_init__(self) -> None:
         require_windows(self.options, 0 if self.windows is None else len(self.windows.ids))

@@ -2,29 +2,33 @@
 
 From that follow the plan, whose budget is shared out anew, the weights of the layers' outputs, and
 those of what leaves the blocks, for a refinement. All lie in the job's own folder, so that a
-stopped job goes on with the same ones.
+stopped job goes on with the same ones, or where other jobs find them, too, if they would measure
+the same.
 """
 
 from __future__ import annotations
 
 import shutil
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from blastnn.compress.allocate import allocate
 from blastnn.compress.job import Job
-from blastnn.compress.journal import Journal
+from blastnn.compress.journal import Journal, fingerprint
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan, plan_from_file
-from blastnn.compress.sensitivity import SensitivityPass, block_file, outputs_file
+from blastnn.compress.sensitivity import SensitivityPass, block_file, is_measured, outputs_file
 from blastnn.files import write_json
 from blastnn.models.tensors import read_tensors
 from blastnn.structures import Channels
 
 PLAN = "plan.json"
 MEASUREMENT = "measured"
+# Of a job's identity, what its measurement depends on besides what is measured.
+ENVIRONMENT = ("model", "blastnn", "torch", "transformers", "threads")
 
 
 def why_unmeasured(job: Job) -> str | None:
@@ -55,37 +59,43 @@ def refines(job: Job) -> bool:
     return job.options.refine > 0 and why_unmeasured(job) is None
 
 
-def settle(job: Job, journal: Journal) -> Plan:
+@dataclass(frozen=True)
+class Settled:
+    """The ``plan`` to follow, and what was measured on the way to it, in ``folder`` if at all."""
+
+    plan: Plan
+    folder: Path
+
+    def outputs(self, index: int) -> dict[str, Tensor]:
+        """Blocks on the diagonal of ``G`` of one block's layers, as far as they were gathered."""
+        path = outputs_file(self.folder, index)
+        return read_tensors(path) if path.is_file() else {}
+
+    def block_weight(self, index: int) -> Tensor | None:
+        """``G (h, h)`` of what leaves one block; None where it was not gathered."""
+        path = block_file(self.folder, index)
+        return read_tensors(path)["G"] if path.is_file() else None
+
+
+def settle(job: Job, journal: Journal) -> Settled:
     """The plan to follow; measures and allocates unless that was done in an earlier sitting."""
     allocated, refined = why_not_allocated(job) is None, refines(job)
     if not allocated and not refined and why_not_weighted(job) is not None:
-        return job.plan
-    path, folder = journal.folder / PLAN, journal.folder / MEASUREMENT
+        return Settled(job.plan, journal.folder / MEASUREMENT)
+    path, measurement = journal.folder / PLAN, _pass_of(job, journal)
     if not path.is_file():
-        started = time.perf_counter()
-        spectra = _pass_of(job, folder).run()
+        spectra = measurement.run()
         plan = allocate(job.plan, spectra, job.options) if allocated else job.plan
-        journal.add_seconds("measure", time.perf_counter() - started)
+        journal.add_seconds("measure", measurement.seconds)
         journal.save()
         write_json(path, plan.to_json())
-    return plan_from_file(job.plan, path, job.walker.head)
-
-
-def outputs_of(journal: Journal, index: int) -> dict[str, Tensor]:
-    """Blocks on the diagonal of ``G`` of one block's layers, as far as they were gathered."""
-    path = outputs_file(journal.folder / MEASUREMENT, index)
-    return read_tensors(path) if path.is_file() else {}
-
-
-def block_weight(job: Job, journal: Journal, index: int) -> Tensor | None:
-    """``G (h, h)`` of what leaves one block; None where blocks are not refined."""
-    if not refines(job):
-        return None
-    return read_tensors(block_file(journal.folder / MEASUREMENT, index))["G"]
+    elif not journal.weights_done:
+        measurement.run()  # at once, but where it was shared and has gone since
+    return Settled(plan_from_file(job.plan, path, job.walker.head), measurement.folder)
 
 
 def forget(journal: Journal) -> None:
-    """Give the disk back what was measured; the plan stays."""
+    """Give the disk back what the job measured for itself; the plan stays."""
     shutil.rmtree(journal.folder / MEASUREMENT, ignore_errors=True)
 
 
@@ -111,18 +121,40 @@ def row_blocks(layer: LayerPlan, options: Options) -> int | None:
     return layer.spec.row_blocks()
 
 
-def _pass_of(job: Job, folder: Path) -> SensitivityPass:
-    ids, options = measured_windows(job), job.options
-    job.progress.say(
-        f"measuring how much each layer matters, on {ids.shape[0]} windows of {ids.shape[1]} tokens"
-    )
+def _pass_of(job: Job, journal: Journal) -> SensitivityPass:
+    ids, options, folder = measured_windows(job), job.options, _folder(job, journal)
     plans = [job.plan.of_block(index) for index in range(len(job.walker.blocks))]
+    if not is_measured(folder) and not journal.weights_done:
+        job.progress.say(
+            f"measuring how much each layer matters, on {ids.shape[0]} windows of {ids.shape[1]} "
+            "tokens"
+        )
     return SensitivityPass(
         walker=job.walker,
         ids=ids,
-        layers=[{la.name: row_blocks(la, options) for la in of if la.spec} for of in plans],
+        layers=[_layers(of, options) for of in plans],
         folder=folder,
         seed=job.options.seed,
         blocks=refines(job),
         step=job.progress.measured,
     )
+
+
+def _layers(plans: Sequence[LayerPlan], options: Options) -> dict[str, int | None]:
+    """Of one block: what to measure, and in how many blocks of rows."""
+    return {layer.name: row_blocks(layer, options) for layer in plans if layer.spec}
+
+
+def _folder(job: Job, journal: Journal) -> Path:
+    """Where what a job measures lies; one for all jobs that would measure the same, if shared."""
+    if job.measurements is None:
+        return journal.folder / MEASUREMENT
+    plans = [job.plan.of_block(index) for index in range(len(job.walker.blocks))]
+    decides = {
+        **{key: journal.identity[key] for key in ENVIRONMENT},
+        "ids": measured_windows(job).tolist(),
+        "layers": [_layers(of, job.options) for of in plans],
+        "seed": job.options.seed,
+        "blocks": refines(job),
+    }
+    return job.measurements / fingerprint(decides)[:16]

@@ -21,7 +21,7 @@ from blastnn.compress.block import BlockCompressor
 from blastnn.compress.head import compress_head
 from blastnn.compress.job import Job
 from blastnn.compress.journal import Journal, Lock
-from blastnn.compress.measured import block_weight, forget, outputs_of, settle
+from blastnn.compress.measured import Settled, forget, settle
 from blastnn.compress.memory_use import PeakMemory, give_memory_back, objects_at_rest
 from blastnn.compress.streams import Streams
 from blastnn.compress.writer import Writer
@@ -49,11 +49,12 @@ def run_job(job: Job, output: Path, resume: bool = False) -> RunOutcome:
     """
     journal = Journal.open(output, job.identity(), resume)
     with Lock(output), objects_at_rest(), PeakMemory() as memory:
-        job.plan = settle(job, journal)
+        settled = settle(job, journal)
+        job.plan = settled.plan
         if journal.weights_done:
             return RunOutcome(journal, None, already_finished=True)
         _check_space(job, output)
-        _Run(job, journal).all()
+        _Run(job, journal, settled).all()
         return RunOutcome(journal, memory.peak, already_finished=False)
 
 
@@ -86,8 +87,9 @@ class _Front:
 class _Run:
     """One sitting of a job."""
 
-    def __init__(self, job: Job, journal: Journal) -> None:
+    def __init__(self, job: Job, journal: Journal, settled: Settled) -> None:
         self.job, self.journal, self.walker = job, journal, job.walker
+        self.settled = settled
         self.writer = Writer(journal.output, job.walker, job.dtype, job.head is not None)
         self.compressor = BlockCompressor(job.options, job.dtype, job.progress)
 
@@ -134,8 +136,8 @@ class _Run:
             front.trace.of_block(index),
             plans,
             front.streams,
-            outputs_of(journal, index),
-            block_weight(self.job, journal, index),
+            self.settled.outputs(index),
+            self.settled.block_weight(index),
         )
         started = time.perf_counter()
         calls = front.check_trace.of_block(index)

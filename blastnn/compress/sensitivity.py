@@ -6,9 +6,10 @@ What a spectrum is: ``spectrum.py``; its ``measure_whole`` computes the same for
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class SensitivityPass:
         seed: of the labels drawn.
         step: told after each block, on the way up and on the way down, how many of how many
             steps are done.
+        seconds: after ``run``, how long the measurement took, whoever made it and when; of a
+            stopped one, from the last time that it went on.
     """
 
     walker: Walker
@@ -50,12 +53,15 @@ class SensitivityPass:
     seed: int
     blocks: bool = False
     step: Callable[[int, int], None] = lambda done, total: None
+    seconds: float = field(default=0.0, init=False)
 
     def run(self) -> Spectra:
         """The spectrum of every wanted layer that the windows reach."""
-        self.folder.mkdir(exist_ok=True)
+        started = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
         known = self._known()
         if known["next"] < 0:
+            self.seconds = known["seconds"]
             return dict(known["spectra"])
         trace, hidden = self.walker.enter(self.ids.split(1), torch.float32)
         self._up(trace, hidden)
@@ -65,6 +71,8 @@ class SensitivityPass:
             write_tensors(self._file("gradient", top), _named(self._top(trace)))
         for index in range(known["next"], -1, -1):
             self._down(index, trace, known)
+            known["seconds"] = self.seconds = time.perf_counter() - started
+            self._note(index, known)
             self.step(2 * top - index, 2 * top)
         return dict(known["spectra"])
 
@@ -149,10 +157,19 @@ class SensitivityPass:
         self.walker.release_block(index)
         known["next"] = index - 1
         write_tensors(self._file("gradient", index), _named(below))
+        give_memory_back()
+
+    def _note(self, index: int, known: dict[str, Any]) -> None:
+        """What is known when block ``index`` is done; what led there is no longer needed."""
         write_json(self.folder / SPECTRA, known)
         for kind, gone in (("gradient", index + 1), ("hidden", index + 1)):
             self._file(kind, gone).unlink(missing_ok=True)
-        give_memory_back()
+
+
+def is_measured(folder: Path) -> bool:
+    """Whether a pass in ``folder`` has come to its end."""
+    path = folder / SPECTRA
+    return path.is_file() and read_json(path)["next"] < 0
 
 
 def outputs_file(folder: Path, index: int) -> Path:

@@ -21,10 +21,11 @@ LEAST_USED = 0.9
 
 @dataclass(frozen=True)
 class CellRunner:
-    """Runs the cells of one sweep."""
+    """Runs the cells of one sweep; ``measurements`` is the folder for what they share."""
 
     prepared: Prepared
     scorer: Scorer
+    measurements: Path
 
     def run(self, cell: Cell, folder: Path, progress: Progress) -> dict[str, Any]:
         """Compress into ``folder``, going on with what is there, and score.
@@ -39,7 +40,7 @@ class CellRunner:
         """
         draft = draft_job(self.prepared.sweep.model, cell.options)
         windows = self.prepared.calibration if cell.calibrated else None
-        job = Job(**vars(draft), windows=windows, progress=progress)
+        job = Job(**vars(draft), windows=windows, progress=progress, measurements=self.measurements)
         _require_equal_size(cell, job, self.prepared.targets)
         outcome = run_job(job, folder, resume=True)
         found = self.scorer.score(folder, outcome.journal.probe)

@@ -7,6 +7,7 @@ journal, and failed cells are tried again.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from blastnn.sweep.rows import summarize
 from blastnn.sweep.scoring import Scorer
 from blastnn.sweep.zero_shot import ZeroShot
 
-CELLS = "cells"
+CELLS, MEASUREMENTS = "cells", "measured"
 # What a cell can fail with: our own errors, the disk, and whatever torch raises (numerical
 # breakdown, lack of memory), and a perplexity beyond all numbers. A sweep that runs overnight must
 # not end with the first of them.
@@ -91,7 +92,8 @@ class _Run:
         ledger = Ledger.open(self.output, self.prepared.identity())
         for cell in cells:
             _refuse_another(ledger, cell)
-        runner = CellRunner(self.prepared, self._scorer(ledger))
+        measurements = self.output / MEASUREMENTS
+        runner = CellRunner(self.prepared, self._scorer(ledger), measurements)
         ledger.about = self._about(runner.scorer)
         values = self._save(ledger)
         for number, cell in enumerate(cells, 1):
@@ -102,6 +104,8 @@ class _Run:
             if ledger.finished(cell.name) and not self.keep_models:
                 let_go(self._folder(cell))
             self.progress.done(ledger.cells[cell.name], number, len(cells), fresh)
+        if all(ledger.finished(cell.name) for cell in cells):
+            shutil.rmtree(measurements, ignore_errors=True)
         return values
 
     def _scorer(self, ledger: Ledger) -> Scorer:
