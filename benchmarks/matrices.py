@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blastnn.compress.job import prepare_job
-from blastnn.compress.moments import MomentSum, find_groups, layer_inputs, run_calls
+from blastnn.compress.moments import Look, MomentSum, find_groups, look_at, run_calls
 from blastnn.compress.options import Options
 from blastnn.models.demo import prepare_model
 from blastnn.models.tensors import TensorFolder
@@ -48,8 +48,9 @@ def real_moments(block: int = 10, tokens: int = 8192, damping: float = 1e-4) -> 
     for group in find_groups(module, calls, hidden[0], list(KINDS.values())):
         total = MomentSum()
         for states in hidden:
-            total.add(layer_inputs(module, calls, states, group)[0])
-        second, _ = total.finish(group.layers[0]).damped(damping)
+            (seen,), _ = look_at(module, calls, states, [Look(group)])
+            total.add(seen.x)
+        second = total.finish(group.layers[0]).damped(damping)
         found.update({kind: second for kind, name in KINDS.items() if name in group.layers})
     return found
 

@@ -124,8 +124,6 @@ class BlockCompressor:
             self.progress.layer(plan, records[plan.kind])
         refined, refining = None, 0.0
         if streams is not None and self.options.inputs == "compressed":
-            if not (groups and opened.once):  # otherwise the last group's moments have seen to it
-                opened.advance_dense()
             began = time.perf_counter()
             if leaving is not None:
                 refined = self._refine(opened, streams, leaving)
@@ -178,10 +176,15 @@ class BlockCompressor:
     def _moments(
         self, opened: OpenBlock, groups: Sequence[InputGroup]
     ) -> Iterable[tuple[InputGroup, Moments | None]]:
-        """Each group with the moments of its inputs, once those before it have been replaced."""
+        """Each group with the moments of its inputs, once those before it have been replaced.
+
+        The dense stream moves past the block.
+        """
         if opened.streams is None:
             return [(group, None) for group in groups]
-        if self.options.inputs == "dense":
+        if self.options.inputs == "compressed" and not opened.once and groups:
+            opened.part_streams()
+        if self.options.inputs == "dense" or not opened.once:
             return list(opened.dense_moments(groups, self.options.moment).items())
         return self._one_after_the_other(opened, groups)
 
@@ -189,12 +192,9 @@ class BlockCompressor:
         self, opened: OpenBlock, groups: Sequence[InputGroup]
     ) -> Iterator[tuple[InputGroup, Moments]]:
         options = self.options
-        repaired = options.drift > 0.0 and options.moment == "full"
-        sums = opened.sums(groups) if repaired else {}
+        opened.watch_dense(groups, options.moment, options.drift)
         for group in groups:
-            # A block called once has its dense output for nothing while its last group is read.
-            advance = group is groups[-1] and opened.once
-            yield group, opened.moments(group, sums, options.moment, advance)
+            yield group, opened.moments(group)
 
     def _replace(
         self,
@@ -225,7 +225,7 @@ class BlockCompressor:
         """Let a layer that stays dense repair what it can; its record, which says so."""
         start = time.perf_counter()
         with _naming(plan):
-            done = refit(block.get_submodule(plan.kind), moments, self.options, self.dtype)
+            done = refit(block.get_submodule(plan.kind), moments, self.dtype)
         if not done:
             return record
         seconds = time.perf_counter() - start

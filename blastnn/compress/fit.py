@@ -49,7 +49,7 @@ def fit_layers(
         outputs: for each, what weights the errors of its outputs (``output_weight.py``); None
             counts all alike, in the whole stack.
         kept: for each, the channels that stay as they are; None where its solver chooses.
-        options: ``damping``, ``drift``, ``solver``, ``sweeps``, ``seed`` and ``quantize`` are used.
+        options: ``damping``, ``solver``, ``sweeps``, ``seed`` and ``quantize`` are used.
         dtype: to which the float32 factors are rounded.
 
     Returns:
@@ -163,9 +163,9 @@ def _aim(
         if options.strict:
             refuse([layer], NO_INPUT, "fit it without data")
         return _Aim(weight, None, (f"{NO_INPUT}: fitted without data",))
-    second, cross = moments.damped(options.damping)
-    if cross is not None and shifted:
-        weight = shifted_target(weight, second, cross, moments.drift, options.drift).float()
+    second, missing = moments.damped(options.damping), moments.shortfall_of(weight)
+    if missing is not None and shifted:
+        weight = shifted_target(weight, second, missing).float()
     return _Aim(weight, second, (), moments.tokens)
 
 

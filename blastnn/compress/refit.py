@@ -30,23 +30,20 @@ def to_refit(plans: Sequence[LayerPlan], options: Options) -> list[LayerPlan]:
     return [plan for plan in plans if plan.stays_dense] if possible else []
 
 
-def refit(layer: nn.Module, moments: Moments, options: Options, dtype: torch.dtype) -> bool:
+def refit(layer: nn.Module, moments: Moments, dtype: torch.dtype) -> bool:
     """Give a dense layer, in place, the weight that repairs most; False where nothing is to repair.
 
     Args:
         layer: of a known linear class, float32.
-        moments: of its inputs in the compressed model, and of those in the dense one.
-        options: ``drift`` is used.
+        moments: of its inputs, and what its outputs fall short of.
         dtype: to which the weight is rounded.
 
     Raises:
         FactorizationError: the second moment is not positive definite even so.
     """
-    if moments.cross is None or not bool(moments.second.any()):
+    missing = moments.shortfall_of(dense_weight(layer))
+    if missing is None or not bool(moments.second.any()):
         return False
-    second, cross = moments.damped(RIDGE)
-    assert cross is not None
     weight = dense_weight(layer)
-    found = shifted_target(weight, second, cross, moments.drift, options.drift)
-    weight.copy_(found.to(dtype))
+    weight.copy_(shifted_target(weight, moments.damped(RIDGE), missing).to(dtype))
     return True

@@ -7,22 +7,26 @@ compressed one. ``OpenBlock`` is the block that they have reached, as it was and
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from blastnn.compress.moments import (
     InputGroup,
+    Look,
     Moments,
     MomentSum,
+    Seen,
     find_groups,
-    layer_inputs,
+    look_at,
     pass_through,
     run_calls,
 )
 from blastnn.compress.residual import find_sums
 from blastnn.linear import StructuredLinear
+from blastnn.models.linears import dense_weight
 from blastnn.models.walk import Call
 
 
@@ -65,6 +69,8 @@ class OpenBlock:
     ) -> None:
         self.dense, self.block = dense, copy.deepcopy(dense)
         self.calls, self.streams, self.prefix = calls, streams, prefix
+        self._entered_equal = streams is not None and streams.equal
+        self._watched: dict[InputGroup, _Watched] = {}
 
     @property
     def once(self) -> bool:
@@ -82,59 +88,71 @@ class OpenBlock:
             return [InputGroup(tuple(layers), 0)] if layers else []
         return find_groups(self.dense, self.calls, self.streams.dense[0], layers)
 
-    def sums(self, groups: Sequence[InputGroup]) -> dict[str, str]:
-        """Where outputs of layers that have their input for themselves are added to a stream."""
-        single = [group.layers[0] for group in groups if len(group.layers) == 1]
-        if self.streams is None:
-            return {}
-        return find_sums(self.dense, self.calls, self.streams.dense[0], single)
-
     def dense_moments(self, groups: Sequence[InputGroup], moment: str) -> dict[InputGroup, Moments]:
         """Moments of all groups' inputs in the dense model, whose stream moves past the block."""
         assert self.streams is not None
         hidden = self.streams.dense
         return pass_through(self.dense, self.calls, hidden, groups, moment, self.prefix)
 
-    def moments(
-        self, group: InputGroup, sums: Mapping[str, str], moment: str, advance: bool
-    ) -> Moments:
-        """Moments of a group's inputs; of the dense model's alone where a block is called again.
+    def part_streams(self) -> None:
+        """Let the dense stream move past the block without the compressed one."""
+        assert self.streams is not None
+        self.streams.part()
+
+    def watch_dense(self, groups: Sequence[InputGroup], moment: str, drift: float) -> None:
+        """Move the dense stream past a block called once, and keep what ``moments`` compares with.
+
+        A layer that has its input for itself is compared by its output, where that is as good and
+        smaller, or is added to a stream; others by their input.
 
         Args:
-            sums: as the method of that name gives them; without a layer's its drift is not asked
-                for.
+            groups: all of which moments will be asked for, in their order.
             moment: ``full`` or ``diagonal``.
-            advance: whether to move the dense stream past the block as well.
+            drift: the share of the stream's drift that layers repair (``residual.py``).
         """
         assert self.streams is not None
-        total = MomentSum(moment)
-        same = not self.once or (self.streams.equal and self.untouched)
-        place = None if same else sums.get(group.layers[0])
-        if advance:
+        places = self._places(groups) if drift > 0.0 and moment == "full" else {}
+        for group in groups:
+            place = places.get(group.layers[0])
+            by_output = moment == "full" and self._by_output(group, place)
+            look = Look(group, inputs=not by_output, output=by_output, place=place)
+            self._watched[group] = _Watched(look, moment, drift)
+        if groups:
             self.streams.part()
-        for index, (original, current) in enumerate(
-            zip(self.streams.dense, self.streams.compressed, strict=True)
-        ):
-            seen = layer_inputs(self.dense, self.calls, original, group, advance, place)
-            if advance and seen.output is not None:
-                self.streams.dense[index] = seen.output
-            if same:
-                total.add(seen.x)
-                continue
-            now = layer_inputs(self.block, self.calls, current, group, sum_at=place)
-            drifted = None
-            if seen.total is not None and now.total is not None:
-                drifted = seen.total - now.total
-            total.add(now.x, seen.x, drifted)
-        return total.finish(self.prefix + group.layers[0])
-
-    def advance_dense(self) -> None:
-        """Move the dense stream past the block."""
-        assert self.streams is not None
-        if not self.untouched:
-            self.streams.part()
+        looks = [watched.look for watched in self._watched.values()]
         for index, hidden in enumerate(self.streams.dense):
-            self.streams.dense[index] = run_calls(self.dense, self.calls, hidden)
+            found, output = look_at(self.dense, self.calls, hidden, looks, to_end=True)
+            assert output is not None
+            self.streams.dense[index] = output
+            for seen in found:
+                self._watched[seen.look.group].keep(seen)
+
+    def _places(self, groups: Sequence[InputGroup]) -> dict[str, str]:
+        """Where outputs of layers that have their input for themselves are added to a stream."""
+        assert self.streams is not None
+        single = [group.layers[0] for group in groups if len(group.layers) == 1]
+        return find_sums(self.dense, self.calls, self.streams.dense[0], single)
+
+    def _by_output(self, group: InputGroup, place: str | None) -> bool:
+        rows, columns = dense_weight(self.dense.get_submodule(group.layers[0])).shape
+        return len(group.layers) == 1 and (place is not None or rows <= columns)
+
+    def moments(self, group: InputGroup) -> Moments:
+        """Moments of a watched group's inputs, the layers before it replaced; once for each."""
+        assert self.streams is not None
+        watched = self._watched.pop(group)
+        same = self._entered_equal and self.untouched
+        look = Look(group) if same else replace(watched.look, inputs=True)
+        total = MomentSum(watched.moment)
+        for index, current in enumerate(self.streams.compressed):
+            (now,), _ = look_at(self.block, self.calls, current, [look])
+            if same:
+                total.add(now.x)
+            elif look.output:
+                total.add(now.x, missing=watched.kept[index] - watched.worth(now))
+            else:
+                total.add(now.x, watched.kept[index])
+        return total.finish(self.prefix + group.layers[0])
 
     def advance_compressed(self) -> None:
         """Move the compressed stream past the block as it has become, the dense one being there."""
@@ -142,3 +160,26 @@ class OpenBlock:
         if not self.streams.equal:
             for index, hidden in enumerate(self.streams.compressed):
                 self.streams.compressed[index] = run_calls(self.block, self.calls, hidden)
+
+
+class _Watched:
+    """Of one group, what the dense model has and the compressed one is compared with.
+
+    Attributes:
+        look: at what.
+        kept: for every window the input ``(tokens, n)``, or what ``worth`` makes of the output.
+    """
+
+    def __init__(self, look: Look, moment: str, drift: float) -> None:
+        self.look, self.moment, self._drift = look, moment, drift
+        self.kept: list[Tensor] = []
+
+    def keep(self, seen: Seen) -> None:
+        """What was seen of the next window."""
+        self.kept.append(self.worth(seen) if self.look.output else seen.x)
+
+    def worth(self, seen: Seen) -> Tensor:
+        """``(1 - drift) y + drift t (tokens, m)``: of the layer still dense, its own output and,
+        to the share that is to be repaired, the stream with it.
+        """
+        return seen.y if seen.total is None else torch.lerp(seen.y, seen.total, self._drift)

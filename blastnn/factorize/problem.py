@@ -168,26 +168,17 @@ def _scaled_moment(moment: Tensor, in_features: int) -> Tensor:
     return moment
 
 
-def shifted_target(
-    weight: Tensor,
-    moment: Tensor,
-    cross: Tensor,
-    drift: Tensor | None = None,
-    share: float = 0.0,
-) -> Tensor:
-    r"""``A' = A D C^-1``: the dense map of the compressed inputs nearest to the dense outputs.
+def shifted_target(weight: Tensor, moment: Tensor, shortfall: Tensor) -> Tensor:
+    r"""``A' = A + F C^-1``: the dense map of the compressed inputs nearest to the outputs wanted.
 
     Args:
         weight: ``A (m, n)``.
         moment: ``C = E[x^ x^^T]``, ``(n, n)`` float64, positive definite (damped by the caller).
-        cross: ``D = E[x x^^T]``, ``(n, n)`` float64, damped alike.
-        drift: ``E[(t - t^) x^^T]``, ``(m, n)``, where ``t`` is what the output is added up to with
-            the dense inputs, and ``t^`` with the compressed ones, ``A`` unchanged.
-        share: of that to be repaired, instead of the output's own part in it.
+        shortfall: ``F = E[(w - A x^) x^^T]``, ``(m, n)``, where ``w`` is the output wanted; that on
+            the dense inputs ``x`` gives ``A (D - C)`` with ``D = E[x x^^T]``.
 
     Returns:
-        ``A + A (D - C) C^-1`` in float64, which is exactly ``A`` where ``x^ = x``; with ``drift``
-        ``A + ((1 - share) A (D - C) + share drift) C^-1``.
+        float64; exactly ``A`` where nothing is missing.
 
     Raises:
         FactorizationError: ``C`` is not positive definite.
@@ -198,7 +189,4 @@ def shifted_target(
             "the second moment is not positive definite even after damping; raise the damping"
         )
     exact = weight.to(torch.float64)
-    shift = exact @ (cross - moment)
-    if drift is not None:
-        shift = torch.lerp(shift, drift.to(shift), share)
-    return exact + torch.cholesky_solve(shift.T, factor).T
+    return exact + torch.cholesky_solve(shortfall.to(exact).T, factor).T
