@@ -22,6 +22,10 @@ PROTOCOL = (
     "negative log-likelihood per token, in natural logarithms"
 )
 
+# Whose logarithms of probabilities are made together: of all of a window they would be as large as
+# its logits once more, in memory that is fetched anew each time.
+ROWS = 64
+
 
 @dataclass(frozen=True)
 class Score:
@@ -53,8 +57,10 @@ def perplexity(
 
 def _window_loss(model: PreTrainedModel, ids: Tensor) -> tuple[float, int]:
     """Summed negative log-likelihood of a window, and the number of tokens predicted."""
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    return float(cross_entropy(logits, ids[0, 1:], reduction="sum")), ids.shape[1] - 1
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    pairs = zip(logits.split(ROWS), ids[0, 1:].split(ROWS), strict=True)
+    losses = [cross_entropy(rows.float(), after, reduction="sum") for rows, after in pairs]
+    return sum(float(loss) for loss in losses), ids.shape[1] - 1
 
 
 @dataclass(frozen=True)
