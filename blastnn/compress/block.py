@@ -238,6 +238,7 @@ class BlockCompressor:
         options, told = self.options, partial(self.progress.refining, name)
         refined = refine(opened.block, error, options.refine, options.seed, self.dtype, told)
         if refined is not None:
+            opened.forget()
             self.progress.refined(name, refined)
         return refined
 

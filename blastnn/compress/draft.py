@@ -60,10 +60,13 @@ class Draft:
         widest = max((layer.in_features for layer in self.plan.compressed), default=0)
         hidden = self.folder.config.hidden_size
         streams = 1 if self.options.inputs == "dense" else 2
+        # Inputs of q, k, v and of gate, up; outputs of o and down, and of attention: about that.
+        watched = {"inside one block, dense and compressed": 5 * self.tokens * hidden * 4}
         training = {"refinement: gradients, Adam's moments, the best factors": 4 * max(sizes) * 4}
         return {
             "block, dense and compressed": 2 * max(sizes) * 4,
             "hidden states of the calibration text": streams * self.tokens * hidden * 4,
+            **(watched if streams > 1 else {}),
             "second moments and their copies": 6 * widest * widest * 8 if self.tokens else 0,
             "embeddings, while entering": outside * 4,
             **(training if self.options.refine else {}),

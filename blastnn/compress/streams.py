@@ -24,6 +24,7 @@ from blastnn.compress.moments import (
     pass_through,
     run_calls,
 )
+from blastnn.compress.replay import Replay
 from blastnn.compress.residual import find_sums
 from blastnn.linear import StructuredLinear
 from blastnn.models.linears import dense_weight
@@ -71,6 +72,8 @@ class OpenBlock:
         self.calls, self.streams, self.prefix = calls, streams, prefix
         self._entered_equal = streams is not None and streams.equal
         self._watched: dict[InputGroup, _Watched] = {}
+        self._with_layers: set[str] = set()
+        self._replay = Replay(self.block)
 
     @property
     def once(self) -> bool:
@@ -117,6 +120,7 @@ class OpenBlock:
             by_output = moment == "full" and self._by_output(group, place)
             look = Look(group, inputs=not by_output, output=by_output, place=place)
             self._watched[group] = _Watched(look, moment, drift)
+            self._with_layers |= {_child_of(name) for name in group.layers}
         if groups:
             self.streams.part()
         looks = [watched.look for watched in self._watched.values()]
@@ -140,12 +144,14 @@ class OpenBlock:
     def moments(self, group: InputGroup) -> Moments:
         """Moments of a watched group's inputs, the layers before it replaced; once for each."""
         assert self.streams is not None
+        done = self._children_done()
         watched = self._watched.pop(group)
         same = self._entered_equal and self.untouched
         look = Look(group) if same else replace(watched.look, inputs=True)
         total = MomentSum(watched.moment)
         for index, current in enumerate(self.streams.compressed):
-            (now,), _ = look_at(self.block, self.calls, current, [look])
+            with self._replay.of(done, index):
+                (now,), _ = look_at(self.block, self.calls, current, [look])
             if same:
                 total.add(now.x)
             elif look.output:
@@ -154,12 +160,27 @@ class OpenBlock:
                 total.add(now.x, watched.kept[index])
         return total.finish(self.prefix + group.layers[0])
 
+    def _children_done(self) -> set[str]:
+        """The block's children with layers in groups, all of whose have been taken already."""
+        waiting = {name for group in self._watched for name in group.layers}
+        return self._with_layers - {_child_of(name) for name in waiting}
+
+    def forget(self) -> None:
+        """Layers that were done have changed all the same: nothing is known of what they give."""
+        self._replay = Replay(self.block)
+
     def advance_compressed(self) -> None:
         """Move the compressed stream past the block as it has become, the dense one being there."""
         assert self.streams is not None
         if not self.streams.equal:
             for index, hidden in enumerate(self.streams.compressed):
-                self.streams.compressed[index] = run_calls(self.block, self.calls, hidden)
+                with self._replay.of((), index):
+                    self.streams.compressed[index] = run_calls(self.block, self.calls, hidden)
+
+
+def _child_of(layer: str) -> str:
+    """The direct child of a block in which a layer lies."""
+    return layer.partition(".")[0]
 
 
 class _Watched:
