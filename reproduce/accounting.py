@@ -17,7 +17,8 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from blastnn.compress.options import Options
-from blastnn.compress.plan import LayerPlan, Plan, make_plan
+from blastnn.compress.plan import LayerPlan, Plan
+from blastnn.compress.planning import make_plan
 from blastnn.files import write_json, write_text
 from blastnn.models.skeleton import build_skeleton, find_blocks
 from blastnn.structures import Blast, BlockDiagonal, LowRank, Monarch, Structure

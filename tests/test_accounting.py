@@ -9,7 +9,7 @@ import json
 
 import pytest
 
-from blastnn.compress.plan import plan_from_file
+from blastnn.compress.plan_file import plan_from_file
 from reproduce.accounting import (
     PAGE,
     kept,

@@ -23,15 +23,9 @@ from transformers import (
 )
 
 from blastnn.compress.options import PRESETS, SCORED_TOKENS, Options
-from blastnn.compress.plan import (
-    OUTSIDE,
-    UNTARGETED,
-    LayerPlan,
-    Plan,
-    count_params,
-    make_plan,
-    plan_from_file,
-)
+from blastnn.compress.plan import OUTSIDE, UNTARGETED, LayerPlan, Plan, count_params
+from blastnn.compress.plan_file import plan_from_file
+from blastnn.compress.planning import make_plan
 from blastnn.errors import BlastnnError, DtypeError, PlanError, StructureError
 from blastnn.files import write_json
 from blastnn.models.skeleton import find_blocks

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import blastnn
 from blastnn.compress.in_memory import CompressionResult
 from blastnn.compress.options import Options
-from blastnn.compress.plan import WHOLE, make_plan
+from blastnn.compress.plan import WHOLE
+from blastnn.compress.planning import make_plan
 from blastnn.compress.pruning import choose_kept, prune_plan
 from blastnn.errors import PlanError
 from blastnn.linear import StructuredLinear

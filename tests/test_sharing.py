@@ -20,7 +20,8 @@ from blastnn.compress.fit import fit_layers
 from blastnn.compress.job import prepare_job
 from blastnn.compress.moments import Moments
 from blastnn.compress.options import Options
-from blastnn.compress.plan import LayerPlan, make_plan
+from blastnn.compress.plan import LayerPlan
+from blastnn.compress.planning import make_plan
 from blastnn.compress.quantize import quantize_checkpoint
 from blastnn.compress.run import run_job
 from blastnn.compress.sharing import share_inputs

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from blastnn.compress.options import Options
-from blastnn.compress.plan import ALLOCATED, LayerPlan, Plan, worthwhile_spec
+from blastnn.compress.plan import ALLOCATED, LayerPlan, Plan
+from blastnn.compress.planning import worthwhile_spec
 from blastnn.compress.spectrum import Spectra
 from blastnn.errors import PlanError
 from blastnn.structures import Structure

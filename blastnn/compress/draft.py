@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from blastnn.compress.options import Options
-from blastnn.compress.plan import LayerPlan, Plan, make_plan, plan_from_file
+from blastnn.compress.plan import LayerPlan, Plan
+from blastnn.compress.plan_file import plan_from_file
+from blastnn.compress.planning import make_plan
 from blastnn.compress.pruning import prune_plan
 from blastnn.compress.sharing import share_inputs
 from blastnn.compress.walker import Walker

@@ -30,7 +30,8 @@ from blastnn.compress.fit import fit_layer
 from blastnn.compress.measured import row_blocks, to_measure_with
 from blastnn.compress.moments import Moments, MomentSum, refuse
 from blastnn.compress.options import Options, check_names
-from blastnn.compress.plan import LayerPlan, Plan, make_plan
+from blastnn.compress.plan import LayerPlan, Plan
+from blastnn.compress.planning import make_plan
 from blastnn.compress.pruning import prune_plan
 from blastnn.compress.refine import require_windows
 from blastnn.compress.sharing import share_inputs

@@ -19,7 +19,8 @@ from blastnn.compress.allocate import allocate
 from blastnn.compress.job import Job
 from blastnn.compress.journal import Journal, fingerprint
 from blastnn.compress.options import Options
-from blastnn.compress.plan import LayerPlan, Plan, plan_from_file
+from blastnn.compress.plan import LayerPlan, Plan
+from blastnn.compress.plan_file import plan_from_file
 from blastnn.compress.sensitivity import SensitivityPass, block_file, is_measured, outputs_file
 from blastnn.files import write_json
 from blastnn.models.tensors import read_tensors

@@ -15,7 +15,7 @@ import transformers
 
 from blastnn.compress.job import calibration_windows
 from blastnn.compress.options import Options
-from blastnn.compress.plan import find_targets
+from blastnn.compress.planning import find_targets
 from blastnn.compress.report import DEFAULT_TOKENS
 from blastnn.compress.walker import Walker
 from blastnn.errors import CalibrationError, PlanError
