@@ -166,13 +166,19 @@ def test_no_layer_keeps_less_than_half_of_its_uniform_share(keep: float) -> None
 
 
 def test_blast_in_fewer_blocks_reaches_less_far_and_in_one_row_as_low_rank_does() -> None:
-    reached = [reach(Blast(64, 64, 8, (blocks, 8))) for blocks in (1, 2, 3, 4, 8, 16)]
-    assert reached[0] == reach(LowRank(64, 64, 8)) == 1.0
+    reached = [reach(Blast(64, 64, 8, (blocks, 8)), 60) for blocks in (1, 2, 3, 4, 8, 16)]
+    assert reached[0] == reach(LowRank(64, 64, 8), 60) == 1.0
     assert reached == sorted(reached) and reached[-1] > reached[0]
 
 
+def test_few_sweeps_reach_less_far() -> None:
+    reached = [reach(Blast(64, 64, 8, (8, 8)), sweeps) for sweeps in (1, 10, 60, 160)]
+    assert reached == sorted(set(reached)) and reached[0] > 1.0
+
+
+@pytest.mark.parametrize("sweeps", [10, 80])
 @pytest.mark.parametrize(("blocks", "most"), [(1, 1.05), (2, 1.5), (4, 1.9)])
-def test_the_reach_of_blast_is_that_of_its_fits(blocks: int, most: float) -> None:
+def test_the_reach_of_blast_is_that_of_its_fits(blocks: int, most: float, sweeps: int) -> None:
     """On a matrix with structure to share between blocks: no less than is assumed."""
     spec = Blast(96, 96, 24, (blocks, blocks))
     generator = torch.Generator().manual_seed(0)
@@ -182,11 +188,12 @@ def test_the_reach_of_blast_is_that_of_its_fits(blocks: int, most: float) -> Non
         for name, shape in shared.factor_shapes().items()
     }
     weight = shared.to_dense(factors)
-    found = blastnn.factorize(weight, spec, solver="als", sweeps=80).relative_error ** 2
+    found = blastnn.factorize(weight, spec, solver="als", sweeps=sweeps).relative_error ** 2
     squares = torch.linalg.svdvals(weight.double()).square()
     left = squares.flip(0).cumsum(0).flip(0) / squares.sum()
     rank = int((left > found * (1 + 1e-6)).sum())  # low rank needs one more for less
-    assert reach(spec) <= (rank + 1) / (spec.num_params / 192) <= most * reach(spec)
+    assumed = reach(spec, sweeps)
+    assert assumed <= (rank + 1) / (spec.num_params / 192) <= most * assumed
 
 
 def test_a_layer_that_must_be_whole_stays_dense_within_the_budget() -> None:

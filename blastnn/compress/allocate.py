@@ -21,11 +21,13 @@ from blastnn.compress.spectrum import Spectra
 from blastnn.errors import PlanError
 from blastnn.structures import Structure
 
-# How many times the rank low rank would need for the error of a structure of as many parameters,
-# data-aware, by the lesser number of blocks a side (docs/log.md): alike for large and small shares,
-# where the ratio of the errors is anything from 0.16 to 0.67. What is not here is taken for low
-# rank, which BLAST in one block is.
-REACH = {"blast": {1: 1.0, 2: 1.2, 4: 1.35, 8: 1.4}}
+# How many more times the rank low rank would need for the error of a structure of as many
+# parameters, data-aware, by the lesser number of blocks a side, once its solver is done; alike for
+# large and small shares, where the ratio of the errors is anything from 0.16 to 0.67. What is not
+# here is taken for low rank, which BLAST in one block is. Half of it is there after ``HALFWAY``
+# sweeps of the solver (docs/log.md).
+GAIN = {"blast": {1: 0.0, 2: 0.25, 4: 0.40, 8: 0.46}}
+HALFWAY = 13
 LEAST = 0.5  # of a layer's uniform share, whatever the prediction says
 GRID = 64  # sizes that are tried, to a whole layer
 STEP = 8  # ranks are multiples of it: the vectors of a kernel are full
@@ -74,19 +76,24 @@ def _choices(layer: LayerPlan, spectrum: list[float], options: Options) -> list[
             specs |= {spec} if spec is not None else set()
     return [Choice(layer.dense_params, 0.0, None)] + [
         Choice(
-            spec.num_params, 0.5 * _between(tails, reach(spec) * spec.num_params / per_rank), spec
+            spec.num_params,
+            0.5 * _between(tails, reach(spec, options.sweeps) * spec.num_params / per_rank),
+            spec,
         )
         for spec in sorted(specs, key=lambda spec: spec.num_params)
     ]
 
 
-def reach(spec: Structure) -> float:
-    """How many times the rank low rank would need for the error of this spec (``REACH``)."""
-    known = REACH.get(spec.name)
+def reach(spec: Structure, sweeps: int) -> float:
+    """How many times the rank low rank would need for the error of this spec after so many sweeps:
+    ``1 + GAIN sweeps / (sweeps + HALFWAY)``.
+    """
+    known = GAIN.get(spec.name)
     if known is None:
         return 1.0
     least = min(getattr(spec, "blocks", (1, 1)))
-    return known[max(blocks for blocks in known if blocks <= least)]
+    gain = known[max(blocks for blocks in known if blocks <= least)]
+    return 1.0 + gain * sweeps / (sweeps + HALFWAY)
 
 
 def _between(tails: list[float], rank: float) -> float:
