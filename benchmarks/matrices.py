@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from blastnn.compress.job import prepare_job
-from blastnn.compress.moments import Look, MomentSum, find_groups, look_at, run_calls
+from blastnn.compress.looks import Look, find_groups, look_at, run_calls
+from blastnn.compress.moments import MomentSum
 from blastnn.compress.options import Options
 from blastnn.models.demo import prepare_model
 from blastnn.models.tensors import TensorFolder

@@ -11,7 +11,9 @@ import torch
 from transformers import BloomConfig, LlamaConfig, PreTrainedConfig, RobertaConfig
 
 from blastnn.evaluate import score
+from blastnn.evaluate.perplexity import perplexity
 from blastnn.evaluate.probe import digest, matches, probe
+from blastnn.evaluate.text import Windows
 from blastnn.integrations.transformers import load_model
 from blastnn.models.context import positions, window_length
 from tests.made_up import TEXT, byte_tokenizer, make_folder, make_model
@@ -36,6 +38,17 @@ def test_perplexities_of_two_models_on_two_texts(
                 loss = load_model(folder)(input_ids=ids, labels=ids).loss
             assert row[key] == pytest.approx(math.exp(float(loss)), rel=1e-5)
         assert (row["tokens"], row["window"]) == (128, 64)
+
+
+@pytest.mark.parametrize("window", [2, 65, 66, 150])
+def test_perplexity_is_that_of_the_models_own_loss(window: int) -> None:
+    """Also where a window has more rows than are scored together."""
+    model = make_model("llama", max_position_embeddings=256)
+    ids = torch.arange(2 * window).view(2, window) * 7 % 250
+    with torch.no_grad():
+        losses = [float(model(input_ids=row, labels=row).loss) for row in ids.split(1)]
+    found = perplexity(model, Windows(ids, []))
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / 2), rel=1e-5)
 
 
 def test_self_check_tells_the_last_bit() -> None:

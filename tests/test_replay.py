@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from blastnn.compress.block import BlockCompressor, BlockProgress
 from blastnn.compress.job import Job, prepare_job
-from blastnn.compress.moments import run_calls
+from blastnn.compress.looks import run_calls
 from blastnn.compress.options import Options
-from blastnn.compress.replay import Replay
+from blastnn.compress.replay import Replay, count_calls
 from blastnn.compress.streams import Streams
+from blastnn.models.walk import first_tensor
 from tests.made_up import FAMILIES, TEXT, make_folder
 
 WINDOWS = 8
@@ -76,47 +78,115 @@ def test_finished_attention_is_not_computed_again(
     assert len(calls) == 2 + 3 * WINDOWS
 
 
-class Doubled(nn.Module):
-    """Counts its calls."""
+class Child(nn.Module):
+    """Two layers, the second of which is what changes; counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.first, self.last = (nn.Linear(4, 4, bias=False) for _ in range(2))
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Twice its input."""
+        """The layers in turn."""
         self.calls += 1
-        return 2 * x
+        return self.last(self.first(x))
 
 
-class Parent(nn.Module):
-    """A block with one child, and whatever it does with that."""
+class Named(NamedTuple):
+    """What other models return."""
 
-    def __init__(self, use: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    hidden: Tensor
+
+
+class Block(nn.Module):
+    """Two children and a layer, and whatever it does with them."""
+
+    def __init__(self, use: Callable[[Block, Tensor], Tensor]) -> None:
         super().__init__()
-        self.child, self.use = Doubled(), use
+        torch.manual_seed(0)
+        self.a, self.b, self.layer = Child(), Child(), nn.Linear(4, 4, bias=False)
+        self.use = use
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is done with the child."""
-        return self.use(self.child, x)
+        """What is done with the children."""
+        return self.use(self, x)
 
 
-@pytest.mark.parametrize(
-    ("use", "computed"),
-    [
-        (lambda child, x: child(x) + 1, 1),
-        (lambda child, x: child(x).add_(1), 3),  # changed in place
-        (lambda child, x: child(x) + child(3 * x), 6),
-    ],
-)
-def test_only_what_is_certain_is_given_again(
-    use: Callable[[nn.Module, Tensor], Tensor], computed: int
-) -> None:
-    block, x = Parent(use), torch.arange(3.0)
-    replay, expected = Replay(block), use(Doubled(), x)
-    for done in (["child"], ["child"], []):
-        with replay.of(done, 0):
-            assert torch.equal(block(x), expected)
-    assert block.child.calls == computed
-    with replay.of([], 1):
-        assert torch.equal(block(2 * x), use(Doubled(), 2 * x))
+def in_place(block: Block, x: Tensor) -> Tensor:
+    """The child's output is written to."""
+    y = block.a(x)
+    y += x
+    return block.layer(y)
+
+
+def beside(block: Block, x: Tensor) -> Tensor:
+    """What the second child reads is not done when the first one is."""
+    return block.b(x + block.layer(block.a(x)))
+
+
+def wrapped(block: Block, x: Tensor) -> Tensor:
+    """The child's output is in something that cannot be watched, and written to."""
+    y = Named(block.a(x)).hidden
+    y += x
+    return block.layer(y)
+
+
+USES: dict[str, tuple[Callable[[Block, Tensor], Tensor], int]] = {
+    "as attention": (lambda block, x: block.layer(x + block.a(x)), 1),
+    "changed in place": (in_place, 3),
+    "wrapped": (wrapped, 3),
+    "before and behind": (lambda block, x: block.a(block.layer(block.a(x))), 6),
+    "behind alone": (beside, 1),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use", USES)
+def test_only_what_is_final_is_given_again(use: str) -> None:
+    """The layer looked at changes after the pass, like the layers of a child not called yet."""
+    block, x = Block(USES[use][0]), torch.arange(8.0).view(2, 4)
+    with count_calls(block, ["a", "b"]) as counts:
+        block(x)
+    block.a.calls = 0
+    replay = Replay(block, [name for name in ("a", "b") if counts[name] == 1])
+    for _ in range(2):
+        with replay.remembering(["a", "b"], 0, block.layer, x):
+            block(x)
+        block.layer.weight.mul_(2.0)
+        block.b.last.weight.mul_(2.0)
+    with replay.again(0):
+        found = block(x)
+    assert block.a.calls == USES[use][1]
+    assert torch.equal(found, block(x))
+    with replay.again(1):
+        assert torch.equal(block(2 * x), block(2 * x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("why", ["larger", "a class of its own", "inference"])
+def test_outputs_that_cannot_be_kept_are_computed_again(why: str) -> None:
+    def forward(self: Child, x: Tensor) -> Any:
+        self.calls += 1
+        return {"larger": (x, x.new_zeros(1000)), "inference": 2 * x}.get(why, Named(x))
+
+    block, x = Block(lambda block, x: block.layer(first_tensor(block.a(x)))), torch.ones(2, 4)
+    block.a.forward = MethodType(forward, block.a)  # type: ignore[method-assign]
+    replay = Replay(block, ["a"])
+    with torch.inference_mode(why == "inference"):
+        for window in (0, 0):
+            with replay.remembering(["a"], window, block.layer, x):
+                block(x)
+    assert block.a.calls == 2
+
+
+@torch.no_grad()
+def test_an_instances_own_forward_is_put_back() -> None:
+    block, x = Block(lambda block, x: block.layer(block.a(x))), torch.ones(2, 4)
+    block.a.forward = MethodType(lambda self, x: 3 * x, block.a)  # type: ignore[method-assign]
+    expected, replay = block(x), Replay(block, ["a"])
+    with replay.remembering(["a"], 0, block.layer, x):
+        block(x)
+    with replay.again(0):
+        assert torch.equal(block(x), expected)
+    assert torch.equal(block(x), expected)
+    assert torch.equal(block.a(x), 3 * x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import blastnn
-from blastnn.compress.moments import END
+from blastnn.compress.looks import END
 from blastnn.compress.options import Options
 from blastnn.compress.residual import find_sums
 from blastnn.errors import PlanError

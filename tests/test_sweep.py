@@ -151,6 +151,27 @@ def test_a_measurement_that_has_gone_is_made_again(source: Path, tmp_path: Path)
     assert parts["cells"]["blast-0.6"]["scores"] == whole["cells"]["blast-0.6"]["scores"]
 
 
+def test_a_sweep_killed_while_it_forgets_measures_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a measurement is never taken for a whole one."""
+    whole = run_sweep(ask(source, ("blast-unrefitted",)), tmp_path / "whole")
+    remove = shutil.rmtree
+
+    def killed(path: Path, **_: Any) -> None:
+        if path.name.startswith("measured") and path.exists():
+            remove(next(path.iterdir()))
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        run_sweep(ask(source, ("blast",)), tmp_path / "parts")
+    grown = run_sweep(ask(source, ("blast", "blast-unrefitted")), tmp_path / "parts")
+    name = "blast-unrefitted-0.6"
+    assert grown["cells"][name]["scores"] == whole["cells"][name]["scores"]
+    assert not list((tmp_path / "parts").glob("measured*"))
+
+
 def test_a_failed_cell_is_told_and_tried_again(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from blastnn.compress.fit import fit_layers
-from blastnn.compress.moments import InputGroup, Moments, refuse
+from blastnn.compress.looks import InputGroup
+from blastnn.compress.moments import Moments, refuse
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan
 from blastnn.compress.pruning import choose_kept
@@ -113,7 +114,9 @@ class BlockCompressor:
         start = time.perf_counter()
         prefix = plans[0].name.removesuffix(plans[0].kind) if plans else ""
         opened = OpenBlock(dense, calls, streams, prefix)
-        refits = [] if streams is None else to_refit(plans, self.options)
+        # Where nothing has been replaced, and nothing is here, there is nothing to repair either.
+        repairs = streams is not None and (not streams.equal or any(p.spec for p in plans))
+        refits = to_refit(plans, self.options) if repairs else []
         wanted = [plan for plan in plans if plan.spec is not None or plan in refits]
         groups = opened.groups([plan.kind for plan in wanted])
         records = {p.kind: LayerRecord(p.name, "kept", p.reason) for p in plans if p.spec is None}
@@ -234,11 +237,11 @@ class BlockCompressor:
     def _refine(self, opened: OpenBlock, streams: Streams, leaving: Tensor) -> Refined | None:
         """All factors of a block together, the dense stream already behind it."""
         error = BlockError(opened.calls, streams.compressed, streams.dense, leaving)
+        opened.forget()
         name = opened.prefix.removesuffix(".")
         options, told = self.options, partial(self.progress.refining, name)
         refined = refine(opened.block, error, options.refine, options.seed, self.dtype, told)
         if refined is not None:
-            opened.forget()
             self.progress.refined(name, refined)
         return refined
 

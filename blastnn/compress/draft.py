@@ -62,7 +62,7 @@ class Draft:
         widest = max((layer.in_features for layer in self.plan.compressed), default=0)
         hidden = self.folder.config.hidden_size
         streams = 1 if self.options.inputs == "dense" else 2
-        # Inputs of q, k, v and of gate, up; outputs of o and down, and of attention: about that.
+        # Dense inputs of q, k, v and of gate, up; dense outputs of o and down; what attention gave.
         watched = {"inside one block, dense and compressed": 5 * self.tokens * hidden * 4}
         training = {"refinement: gradients, Adam's moments, the best factors": 4 * max(sizes) * 4}
         return {

@@ -87,7 +87,7 @@ def settle(job: Job, journal: Journal) -> Settled:
     if not path.is_file():
         spectra = measurement.run()
         plan = allocate(job.plan, spectra, job.options) if allocated else job.plan
-        journal.add_seconds("measure", measurement.seconds)
+        journal.seconds["measure"] = measurement.seconds
         journal.save()
         write_json(path, plan.to_json())
     elif not journal.weights_done:
@@ -95,9 +95,16 @@ def settle(job: Job, journal: Journal) -> Settled:
     return Settled(plan_from_file(job.plan, path, job.walker.head), measurement.folder)
 
 
-def forget(journal: Journal) -> None:
-    """Give the disk back what the job measured for itself; the plan stays."""
-    shutil.rmtree(journal.folder / MEASUREMENT, ignore_errors=True)
+def forget(folder: Path) -> None:
+    """Give the disk back what was measured in a folder; the plan stays.
+
+    At once or not at all for whoever looks: half of a measurement would pass for a whole one.
+    """
+    gone = folder.with_name(f"{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def to_measure_with(options: Options, windows: int) -> list[int]:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from blastnn.compress.moments import root_of, run_calls
+from blastnn.compress.looks import run_calls
+from blastnn.compress.moments import root_of
 from blastnn.compress.options import Options
 from blastnn.errors import PlanError
 from blastnn.linear import StructuredLinear

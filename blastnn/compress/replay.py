@@ -3,71 +3,118 @@
 A block is passed through once for each of its groups of layers, and once more when all are
 replaced. What lies in a child of which all layers are done, attention above all, would be computed
 again each time, to the same bits.
+
+What a child gives depends on what runs before it alone. In a pass that looks at a layer all of what
+runs before that one is done; so what a child gives before the layer is called is final, and only
+that is remembered.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+# Times the numbers that enter a block; attention may return its weights, a hundred times as many.
+LARGEST = 2
+
 
 class Replay:
-    """What direct children of a block gave for each window, from when they were done.
+    """What direct children of a block, called once in it, gave for each window.
 
-    A child that the block calls more than once is always computed, and so is one whose output was
-    changed in place by what came after.
+    Only tensors and flat tuples of them are remembered, no larger than ``LARGEST`` times what
+    enters the block, and no longer than nobody changes them in place.
+
+    Args:
+        block: the block.
+        children: names of the children that it calls exactly once.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self._block = block
+    def __init__(self, block: nn.Module, children: Iterable[str]) -> None:
+        self._block, self.children = block, set(children)
         self._given: dict[tuple[str, int], _Given] = {}
-        self._repeated: set[str] = set()
 
     @contextmanager
-    def of(self, done: Iterable[str], window: int) -> Iterator[None]:
-        """While open, children give what they gave for this window.
+    def again(self, window: int) -> Iterator[None]:
+        """While open, children give what they gave for this window."""
+        with ExitStack() as stack:
+            for (name, index), given in self._given.items():
+                if index == window and not given.altered:
+                    stack.enter_context(_forward(self._block.get_submodule(name), given.again))
+            yield
+
+    @contextmanager
+    def remembering(
+        self, done: Iterable[str], window: int, layer: nn.Module, entering: Tensor
+    ) -> Iterator[None]:
+        """``again``, and what children give before ``layer`` is called is remembered.
 
         Args:
-            done: names of children to be remembered if nothing is known of them yet: those which,
-                and whose inputs, will not change any more.
+            done: names of the children of which all layers are done.
             window: of which the hidden states pass.
+            layer: that is looked at.
+            entering: the hidden states.
         """
-        again = {name for name, index in self._given if index == window}
+        reached = False
+
+        def reach(*_: object) -> None:
+            nonlocal reached
+            reached = True
+
+        def remember(name: str, output: Any) -> None:
+            if not reached and _lasting(output, LARGEST * entering.numel()):
+                self._given[name, window] = _Given(output)
+
+        known = {name for name, index in self._given if index == window}
         with ExitStack() as stack:
-            for name in {*done, *again} - self._repeated:
-                stack.enter_context(self._child(name, window))
+            stack.enter_context(self.again(window))
+            stack.callback(layer.register_forward_pre_hook(reach).remove)
+            for name in self.children.intersection(done) - known:
+                module = self._block.get_submodule(name)
+                hook = module.register_forward_hook(
+                    lambda _, __, output, name=name: remember(name, output)
+                )
+                stack.callback(hook.remove)
             yield
 
-    @contextmanager
-    def _child(self, name: str, window: int) -> Iterator[None]:
-        module, known = self._block.get_submodule(name), self._given.get((name, window))
-        if known is None or known.altered:
-            module.forward = self._remembering(name, window, module.forward)
+
+@contextmanager
+def count_calls(block: nn.Module, children: Iterable[str]) -> Iterator[Counter[str]]:
+    """How often children of a block are called while open, by name."""
+    counts: Counter[str] = Counter()
+    with ExitStack() as stack:
+        for name in children:
+            hook = block.get_submodule(name).register_forward_pre_hook(
+                lambda _, __, name=name: counts.update([name])
+            )
+            stack.callback(hook.remove)
+        yield counts
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another ``forward`` for a while; one of the instance's own is put back."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
         else:
-            module.forward = known.again
-        try:
-            yield
-        finally:
-            del module.forward  # that of its class is back
+            module.forward = own
 
-    def _remembering(
-        self, name: str, window: int, forward: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        calls = 0
 
-        def remember(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            output = forward(*args, **kwargs)
-            if calls > 1:
-                self._repeated.add(name)
-            self._given[name, window] = _Given(output)
-            return output
-
-        return remember
+def _lasting(output: Any, largest: int) -> bool:
+    """Whether an output can be kept, and changes to it be noticed."""
+    parts = output if type(output) is tuple else (output,)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    known = all(part is None or isinstance(part, Tensor) for part in parts)
+    seen = not any(tensor.is_inference() for tensor in tensors)
+    return known and seen and sum(tensor.numel() for tensor in tensors) <= largest
 
 
 class _Given:
@@ -87,5 +134,5 @@ class _Given:
 
 
 def _versions(output: Any) -> list[int]:
-    tensors = output if isinstance(output, tuple | list) else [output]
-    return [tensor._version for tensor in tensors if isinstance(tensor, Tensor)]
+    parts = output if isinstance(output, tuple) else (output,)
+    return [part._version for part in parts if isinstance(part, Tensor)]

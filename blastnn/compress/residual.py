@@ -19,7 +19,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from blastnn.compress.moments import END, run_calls
+from blastnn.compress.looks import END, run_calls
 from blastnn.models.walk import Call
 
 

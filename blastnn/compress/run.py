@@ -1,7 +1,7 @@
 """The main job, from disk to disk: read a block, calibrate, factorise, write, free, next.
 
-At any moment memory holds one block, dense and compressed, and the hidden states of the
-calibration text before it; never the model.
+At any moment memory holds one block, dense and compressed, the hidden states of the calibration
+text before it, and a few as large inside it; never the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from blastnn.compress.block import BlockCompressor
 from blastnn.compress.head import compress_head
 from blastnn.compress.job import Job
 from blastnn.compress.journal import Journal, Lock
-from blastnn.compress.measured import Settled, forget, settle
+from blastnn.compress.measured import MEASUREMENT, Settled, forget, settle
 from blastnn.compress.memory_use import PeakMemory, give_memory_back, objects_at_rest
 from blastnn.compress.streams import Streams
 from blastnn.compress.writer import Writer
@@ -109,7 +109,7 @@ class _Run:
         known = sum(journal.seconds.values()) - counted
         journal.add_seconds("other", time.perf_counter() - start - known)
         journal.finish_weights()
-        forget(journal)
+        forget(journal.folder / MEASUREMENT)
 
     def _enter(self) -> _Front:
         """The arguments of all blocks, and the hidden states where this sitting starts."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blastnn.compress.looks import run_calls
 from blastnn.compress.memory_use import give_memory_back
-from blastnn.compress.moments import run_calls
 from blastnn.compress.spectrum import GradientSum, LayerSum, Spectra, fisher_loss
 from blastnn.compress.walker import Walker
 from blastnn.errors import CalibrationError
@@ -61,7 +61,7 @@ class SensitivityPass:
         self.folder.mkdir(parents=True, exist_ok=True)
         known = self._known()
         if known["next"] < 0:
-            self.seconds = known["seconds"]
+            self.seconds = known.get("seconds", 0.0)
             return dict(known["spectra"])
         trace, hidden = self.walker.enter(self.ids.split(1), torch.float32)
         self._up(trace, hidden)

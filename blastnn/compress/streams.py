@@ -7,24 +7,23 @@ compressed one. ``OpenBlock`` is the block that they have reached, as it was and
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from blastnn.compress.moments import (
+from blastnn.compress.looks import (
     InputGroup,
     Look,
-    Moments,
-    MomentSum,
     Seen,
     find_groups,
     look_at,
     pass_through,
     run_calls,
 )
-from blastnn.compress.replay import Replay
+from blastnn.compress.moments import Moments, MomentSum
+from blastnn.compress.replay import Replay, count_calls
 from blastnn.compress.residual import find_sums
 from blastnn.linear import StructuredLinear
 from blastnn.models.linears import dense_weight
@@ -72,8 +71,7 @@ class OpenBlock:
         self.calls, self.streams, self.prefix = calls, streams, prefix
         self._entered_equal = streams is not None and streams.equal
         self._watched: dict[InputGroup, _Watched] = {}
-        self._with_layers: set[str] = set()
-        self._replay = Replay(self.block)
+        self._replay = Replay(self.block, ())
 
     @property
     def once(self) -> bool:
@@ -120,13 +118,15 @@ class OpenBlock:
             by_output = moment == "full" and self._by_output(group, place)
             look = Look(group, inputs=not by_output, output=by_output, place=place)
             self._watched[group] = _Watched(look, moment, drift)
-            self._with_layers |= {_child_of(name) for name in group.layers}
         if groups:
             self.streams.part()
         looks = [watched.look for watched in self._watched.values()]
+        children = _children_of(groups)
         for index, hidden in enumerate(self.streams.dense):
-            found, output = look_at(self.dense, self.calls, hidden, looks, to_end=True)
+            with count_calls(self.dense, children) as counts:
+                found, output = look_at(self.dense, self.calls, hidden, looks, to_end=True)
             assert output is not None
+            self._replay = Replay(self.block, [name for name in children if counts[name] == 1])
             self.streams.dense[index] = output
             for seen in found:
                 self._watched[seen.look.group].keep(seen)
@@ -134,8 +134,9 @@ class OpenBlock:
     def _places(self, groups: Sequence[InputGroup]) -> dict[str, str]:
         """Where outputs of layers that have their input for themselves are added to a stream."""
         assert self.streams is not None
-        single = [group.layers[0] for group in groups if len(group.layers) == 1]
-        return find_sums(self.dense, self.calls, self.streams.dense[0], single)
+        single = [g.layers[0] for g in groups if len(g.layers) == 1 and g.calls == 1]
+        first = self.streams.dense[0]
+        return find_sums(self.dense, self.calls, first, single) if single else {}
 
     def _by_output(self, group: InputGroup, place: str | None) -> bool:
         rows, columns = dense_weight(self.dense.get_submodule(group.layers[0])).shape
@@ -144,43 +145,38 @@ class OpenBlock:
     def moments(self, group: InputGroup) -> Moments:
         """Moments of a watched group's inputs, the layers before it replaced; once for each."""
         assert self.streams is not None
-        done = self._children_done()
-        watched = self._watched.pop(group)
+        done = self._replay.children - _children_of(self._watched)
+        watched, layer = self._watched.pop(group), self.block.get_submodule(group.layers[0])
         same = self._entered_equal and self.untouched
         look = Look(group) if same else replace(watched.look, inputs=True)
         total = MomentSum(watched.moment)
         for index, current in enumerate(self.streams.compressed):
-            with self._replay.of(done, index):
+            with self._replay.remembering(done, index, layer, current):
                 (now,), _ = look_at(self.block, self.calls, current, [look])
             if same:
                 total.add(now.x)
             elif look.output:
-                total.add(now.x, missing=watched.kept[index] - watched.worth(now))
+                total.add(now.x, missing=watched.kept[index] - watched.wanted(now))
             else:
                 total.add(now.x, watched.kept[index])
         return total.finish(self.prefix + group.layers[0])
 
-    def _children_done(self) -> set[str]:
-        """The block's children with layers in groups, all of whose have been taken already."""
-        waiting = {name for group in self._watched for name in group.layers}
-        return self._with_layers - {_child_of(name) for name in waiting}
-
     def forget(self) -> None:
-        """Layers that were done have changed all the same: nothing is known of what they give."""
-        self._replay = Replay(self.block)
+        """Layers that were done will change all the same: let nothing be given again."""
+        self._replay = Replay(self.block, ())
 
     def advance_compressed(self) -> None:
         """Move the compressed stream past the block as it has become, the dense one being there."""
         assert self.streams is not None
         if not self.streams.equal:
             for index, hidden in enumerate(self.streams.compressed):
-                with self._replay.of((), index):
+                with self._replay.again(index):
                     self.streams.compressed[index] = run_calls(self.block, self.calls, hidden)
 
 
-def _child_of(layer: str) -> str:
-    """The direct child of a block in which a layer lies."""
-    return layer.partition(".")[0]
+def _children_of(groups: Iterable[InputGroup]) -> set[str]:
+    """The direct children of a block in which layers of groups lie."""
+    return {layer.partition(".")[0] for group in groups for layer in group.layers}
 
 
 class _Watched:
@@ -188,7 +184,7 @@ class _Watched:
 
     Attributes:
         look: at what.
-        kept: for every window the input ``(tokens, n)``, or what ``worth`` makes of the output.
+        kept: for every window the input ``(tokens, n)``, or what is wanted of the output.
     """
 
     def __init__(self, look: Look, moment: str, drift: float) -> None:
@@ -197,9 +193,9 @@ class _Watched:
 
     def keep(self, seen: Seen) -> None:
         """What was seen of the next window."""
-        self.kept.append(self.worth(seen) if self.look.output else seen.x)
+        self.kept.append(self.wanted(seen) if self.look.output else seen.x)
 
-    def worth(self, seen: Seen) -> Tensor:
+    def wanted(self, seen: Seen) -> Tensor:
         """``(1 - drift) y + drift t (tokens, m)``: of the layer still dense, its own output and,
         to the share that is to be repaired, the stream with it.
         """

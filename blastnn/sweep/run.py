@@ -7,13 +7,13 @@ journal, and failed cells are tried again.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blastnn.compress.job import Progress
 from blastnn.compress.journal import Lock
+from blastnn.compress.measured import forget
 from blastnn.compress.report import environment
 from blastnn.errors import BlastnnError, ResumeError
 from blastnn.files import write_text
@@ -105,7 +105,7 @@ class _Run:
                 let_go(self._folder(cell))
             self.progress.done(ledger.cells[cell.name], number, len(cells), fresh)
         if all(ledger.finished(cell.name) for cell in cells):
-            shutil.rmtree(measurements, ignore_errors=True)
+            forget(measurements)
         return values
 
     def _scorer(self, ledger: Ledger) -> Scorer:
