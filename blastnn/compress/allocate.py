@@ -25,9 +25,11 @@ from blastnn.structures import Structure
 # parameters, data-aware, by the lesser number of blocks a side, once its solver is done; alike for
 # large and small shares, where the ratio of the errors is anything from 0.16 to 0.67. What is not
 # here is taken for low rank, which BLAST in one block is. Half of it is there after ``HALFWAY``
-# sweeps of the solver (docs/log.md).
+# sweeps of the solver. All of it for the error that is minimised; the spectra's is another, because
+# fits know ``G`` in blocks and evened out, and goes with ``SEEN`` times the rank (docs/log.md).
 GAIN = {"blast": {1: 0.0, 2: 0.25, 4: 0.40, 8: 0.46}}
 HALFWAY = 13
+SEEN = 0.84
 LEAST = 0.5  # of a layer's uniform share, whatever the prediction says
 GRID = 64  # sizes that are tried, to a whole layer
 STEP = 8  # ranks are multiples of it: the vectors of a kernel are full
@@ -74,14 +76,11 @@ def _choices(layer: LayerPlan, spectrum: list[float], options: Options) -> list[
             size = layer.dense_params * count // GRID
             spec, _ = worthwhile_spec(layer, options, size, STEP)
             specs |= {spec} if spec is not None else set()
-    return [Choice(layer.dense_params, 0.0, None)] + [
-        Choice(
-            spec.num_params,
-            0.5 * _between(tails, reach(spec, options.sweeps) * spec.num_params / per_rank),
-            spec,
-        )
-        for spec in sorted(specs, key=lambda spec: spec.num_params)
-    ]
+    choices = [Choice(layer.dense_params, 0.0, None)]
+    for spec in sorted(specs, key=lambda spec: spec.num_params):
+        rank = SEEN * reach(spec, options.sweeps) * spec.num_params / per_rank
+        choices.append(Choice(spec.num_params, 0.5 * _between(tails, rank), spec))
+    return choices
 
 
 def reach(spec: Structure, sweeps: int) -> float:
