@@ -151,6 +151,25 @@ def test_no_output_is_left_over_from_older_memory(kernel):
         torch.testing.assert_close(kernel.matmul(spec, x, factors), expected, rtol=1e-4, atol=1e-4)
 
 
+@every_spec
+@every_dtype
+def test_no_product_reads_what_an_earlier_one_left_in_scratch_memory(spec, dtype):
+    """Weights of nothing but NaN leave it everywhere; zeros times that would be NaN again."""
+    assert serves(native, spec, dtype)
+    larger = Blast(600, 1040, rank=300, blocks=(16, 16))
+    ruined = {key: f.fill_(torch.nan) for key, f in fresh(larger, dtype).items()}
+    inputs = torch.full((300, larger.in_features), torch.nan, dtype=dtype)
+    for tokens in TOKENS:
+        factors, x = fresh(spec, dtype), torch.randn(tokens, spec.in_features).to(dtype)
+        assert native.matmul(larger, inputs, ruined).isnan().all()
+        assert native.matmul(spec, x, factors).isfinite().all(), tokens
+        for how in QUANTIZATIONS.values():
+            if native.quantized_obstacle(spec, how, "cpu", dtype) is None:
+                stored = quantize_factors(spec, factors, how)
+                native.matmul(larger, inputs, ruined)
+                assert native.quantized_matmul(spec, how, x, stored).isfinite().all(), tokens
+
+
 @every_kernel
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_token(kernel, value):

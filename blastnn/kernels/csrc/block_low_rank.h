@@ -55,7 +55,7 @@ void left_tile_of_blocks(const Product<T>& a, long tokens, long i, long row, lon
     long blocks = std::min(together, a.b2 - j);
     for (long k = 0; k < a.r; k += DEPTH) {
       long depth = std::min(long(DEPTH), a.r - k), whole = blocks > 1 ? blocks * wide : depth;
-      if (blocks > 1) std::fill_n(panels, whole_lines(count) * whole, 0.0f);
+      if (blocks > 1) std::fill_n(panels, PANEL * whole, 0.0f);  // what lies between thin blocks
       for (long s = 0; s < blocks; ++s)
         pack_transposed(depth, count,
                         Rows<T>{a.U + ((i * a.b2 + j + s) * a.p + row) * a.r + k, a.r},
