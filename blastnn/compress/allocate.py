@@ -24,12 +24,11 @@ from blastnn.structures import Structure
 # How many more times the rank low rank would need for the error of a structure of as many
 # parameters, data-aware, by the lesser number of blocks a side, once its solver is done; alike for
 # large and small shares, where the ratio of the errors is anything from 0.16 to 0.67. What is not
-# here is taken for low rank, which BLAST in one block is. Half of it is there after ``HALFWAY``
-# sweeps of the solver. All of it for the error that is minimised; the spectra's is another, because
-# fits know ``G`` in blocks and evened out, and goes with ``SEEN`` times the rank (docs/log.md).
+# here is taken for low rank, which BLAST in one block is. What the first sweeps gain in the error
+# that is minimised, which knows ``G`` in blocks and evened out, shares do better not to count on:
+# of ``s`` sweeps, ``1 - EARLY / s`` of the gain (docs/log.md has the models that this comes from).
 GAIN = {"blast": {1: 0.0, 2: 0.25, 4: 0.40, 8: 0.46}}
-HALFWAY = 13
-SEEN = 0.84
+EARLY = 10
 LEAST = 0.5  # of a layer's uniform share, whatever the prediction says
 GRID = 64  # sizes that are tried, to a whole layer
 STEP = 8  # ranks are multiples of it: the vectors of a kernel are full
@@ -78,21 +77,21 @@ def _choices(layer: LayerPlan, spectrum: list[float], options: Options) -> list[
             specs |= {spec} if spec is not None else set()
     choices = [Choice(layer.dense_params, 0.0, None)]
     for spec in sorted(specs, key=lambda spec: spec.num_params):
-        rank = SEEN * reach(spec, options.sweeps) * spec.num_params / per_rank
+        rank = reach(spec, options.sweeps) * spec.num_params / per_rank
         choices.append(Choice(spec.num_params, 0.5 * _between(tails, rank), spec))
     return choices
 
 
 def reach(spec: Structure, sweeps: int) -> float:
-    """How many times the rank low rank would need for the error of this spec after so many sweeps:
-    ``1 + GAIN sweeps / (sweeps + HALFWAY)``.
+    """How many times the rank of low rank this spec is worth after so many sweeps of its solver:
+    ``1 + GAIN max(0, 1 - EARLY / sweeps)``.
     """
     known = GAIN.get(spec.name)
     if known is None:
         return 1.0
     least = min(getattr(spec, "blocks", (1, 1)))
     gain = known[max(blocks for blocks in known if blocks <= least)]
-    return 1.0 + gain * sweeps / (sweeps + HALFWAY)
+    return 1.0 + gain * max(0.0, 1.0 - EARLY / max(1, sweeps))
 
 
 def _between(tails: list[float], rank: float) -> float:
