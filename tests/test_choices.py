@@ -32,7 +32,7 @@ def test_a_command_gets_its_choices_and_its_own_parameters() -> None:
     result = CliRunner().invoke(app, [*words.split(), "--preset", "fast"], catch_exceptions=False)
     assert result.exit_code == 0
     own = {"keep": 0.5, "blocks": (2, 3), "targets": ("a", "b"), "tokens": 9}
-    expected = Options(**own, sweeps=10, gradient_windows=4)
+    expected = Options(**own, sweeps=20, gradient_windows=4)
     assert seen == [("x", expected, 7)]
     assert CliRunner().invoke(app, ["x"]).exit_code == 0
     assert seen[1:] == [("x", Options(blocks=(8, 8), sweeps=60), 1)]

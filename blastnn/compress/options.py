@@ -231,7 +231,7 @@ IMPLIED: dict[str, dict[str, Any]] = {
 SCORED_TOKENS = {"fast": 4096, "default": 16384, "best": 16384}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"blocks": (8, 8), "sweeps": 10, "tokens": 12288, "gradient_windows": 4},
+    "fast": {"blocks": (8, 8), "sweeps": 20, "tokens": 12288, "gradient_windows": 4},
     "default": {"blocks": (8, 8), "sweeps": 60},
     "best": {
         "blocks": (8, 8),
