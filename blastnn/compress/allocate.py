@@ -84,14 +84,14 @@ def _choices(layer: LayerPlan, spectrum: list[float], options: Options) -> list[
 
 def reach(spec: Structure, sweeps: int) -> float:
     """How many times the rank of low rank this spec is worth after so many sweeps of its solver:
-    ``1 + GAIN max(0, 1 - EARLY / sweeps)``.
+    ``1 + GAIN (1 - EARLY / max(EARLY, sweeps))``.
     """
     known = GAIN.get(spec.name)
     if known is None:
         return 1.0
     least = min(getattr(spec, "blocks", (1, 1)))
     gain = known[max(blocks for blocks in known if blocks <= least)]
-    return 1.0 + gain * max(0.0, 1.0 - EARLY / max(1, sweeps))
+    return 1.0 + gain * (1.0 - EARLY / max(EARLY, sweeps))
 
 
 def _between(tails: list[float], rank: float) -> float:
