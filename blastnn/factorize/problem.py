@@ -82,8 +82,10 @@ class Problem:
 
 
 def _energy(weight: Tensor, moment: Tensor | None) -> float:
-    weighted = weight if moment is None else weight @ moment
-    return float((weighted * weight).sum())
+    """``|| A L ||_F^2``, without another matrix of ``A``'s size where it can be."""
+    if moment is None:
+        return float(torch.linalg.vector_norm(weight)) ** 2
+    return float((weight @ moment).mul_(weight).sum())
 
 
 def prepare(weight: Tensor, second_moment: Tensor | None) -> Problem:
