@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 from transformers import LlamaConfig
 
@@ -22,7 +23,7 @@ from blastnn.compress.planning import make_plan
 from blastnn.files import write_json, write_text
 from blastnn.models.skeleton import build_skeleton, find_blocks
 from blastnn.structures import Blast, BlockDiagonal, LowRank, Monarch, Structure
-from reproduce.dit import dit_plan
+from reproduce.dit import POSITION_EMBEDDING, dit_plan
 from reproduce.paper_tables import DIT_TABLES, LLAMA_TABLES, Table
 from reproduce.vit_flops import TARGETS, multiplications, relative
 
@@ -151,6 +152,25 @@ def dit_lines(plan: Plan) -> Iterator[Line]:
         yield _removed(f"DiT-XL/2, BLAST_9, Table {table.number}", table, total, saved)
 
 
+def _dit_remark(plan: Plan) -> str:
+    """What Tables 7 and 8 remove of each total that may be meant."""
+    total = plan.model_params
+    totals = {
+        f"of all {total:,} parameters": total,
+        "without the position embedding, which is fixed": total - POSITION_EMBEDDING,
+        f"of {total / 1e6:.0f} million, the total rounded": round(total, -6),
+    }
+    shares = (
+        f"{' and '.join(f'{table.saved / count:.3%}' for table in DIT_TABLES)} {words}"
+        for words, count in totals.items()
+    )
+    text = (
+        f"- Tables 7 and 8 remove {'; '.join(shares)}. So one decimal of Table 8 is 20.1% or "
+        "20.2%, and that of Table 7 is 49.2% or 49.3%; the table above has the first total."
+    )
+    return fill(text, width=100, subsequent_indent="  ", break_on_hyphens=False)
+
+
 def vit_lines() -> Iterator[Line]:
     """The relative FLOPs of Table 1 at the ranks that give them."""
     blast = [Blast(m, n, rank=104, blocks=(3, 3)).num_multiplications for m, n in TARGETS]
@@ -188,6 +208,7 @@ REMARKS = """
   gate_proj and up_proj are in layers 10 to 31. The plan files follow the tables.
 - The paper prints no ranks for low rank, Monarch and block-diagonal. Counted are the largest ranks
   within half of each matrix of the blocks, Monarch in 4 x 4 blocks, block-diagonal in 2 blocks.
+{dit}
 - Table 1: the ranks are ours, the smallest explanation of the shares that the paper prints; see
   `reproduce/vit_flops.py` for what is counted.
 """
@@ -201,7 +222,7 @@ def page(llama: Plan, dit: Plan) -> str:
         rows.append([x.what, x.paper, ours, x.exact, "" if x.agrees else x.note])
     rows.insert(1, ["---"] * len(rows[0]))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{INTRODUCTION}\n{table}\n{REMARKS}"
+    return f"{INTRODUCTION}\n{table}\n{REMARKS.format(dit=_dit_remark(dit))}"
 
 
 def main() -> None:

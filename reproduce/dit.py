@@ -15,6 +15,8 @@ from blastnn.compress.plan import Plan
 from blastnn.compress.planning import make_plan
 
 DEPTH, WIDTH, CHANNELS, PATCH, PATCHES, CLASSES, FREQUENCIES = 28, 1152, 4, 2, 16 * 16, 1000, 256
+# Sines that training never changes. The published number of parameters counts them.
+POSITION_EMBEDDING = PATCHES * WIDTH
 
 
 def dit_plan() -> Plan:

@@ -95,6 +95,16 @@ def test_dit_tables_remove_less_than_half_and_a_fifth(dit, table, ranks, removed
     assert found[f"DiT-XL/2, BLAST_9, Table {table.number}, removed"].ours == f"{removed}%"
 
 
+def test_the_page_says_what_table_8_owes_to_the_position_embedding():
+    saved = 28 * sum(
+        m * n - blast(m, n, 9, r) for (m, n), r in zip(DIT_SHAPES, (512, 640, 768), strict=True)
+    )
+    trained = DIT_XL_2 - 16 * 16 * 1152
+    assert (round(100 * saved / DIT_XL_2, 1), round(100 * saved / trained, 1)) == (20.1, 20.2)
+    for total in (DIT_XL_2, trained):
+        assert f"{saved / total:.3%}" in PAGE.read_text()
+
+
 def test_the_other_structures_of_table_3(llama):
     found = {line.what: line for line in llama_lines(llama)}
     assert found["Llama-7B, Monarch, 4 x 4 blocks, 50%"].ours == "3.50B"
