@@ -13,7 +13,8 @@ The paper leaves the following open; what is done here instead:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +81,15 @@ def compare(target: Tensor, rank: int, steps: int) -> list[Curve]:
     spec = Blast(SIZE, SIZE, rank=rank, blocks=BLOCKS)
     factorize(target, spec, solver="precgd", steps=2)  # the first call of a process is slower
     return [
-        Curve.of(DECAY, min(_decayed(target, spec, steps), key=lambda r: r.relative_error)),
+        Curve.of(DECAY, _best_decayed(target, spec, steps)),
         Curve.of(THEOREM, factorize(target, spec, solver="gd", steps=steps)),
         Curve.of(PRECGD, factorize(target, spec, solver="precgd", steps=steps)),
         Curve.of(OURS, factorize(target, spec, solver="als", sweeps=steps)),
     ]
+
+
+def _best_decayed(target: Tensor, spec: Blast, steps: int) -> FactorizationResult:
+    return min(_decayed(target, spec, steps), key=lambda result: result.relative_error)
 
 
 def _decayed(target: Tensor, spec: Blast, steps: int) -> Iterator[FactorizationResult]:
@@ -106,6 +111,27 @@ def far_below(curves: list[Curve], ratio: float, required: bool = True) -> Verdi
     measured = final[DECAY] / final[PRECGD]
     claim = f"{PRECGD} ends at least {ratio:g} times lower than {DECAY}"
     return Verdict(claim, f"{measured:.1f} times", measured >= ratio, required)
+
+
+def far_below_on_most(
+    targets: Iterable[Tensor], rank: int, steps: int, median: float, least: float
+) -> Verdict:
+    """The same on several targets: the median of the factors, and the least of them."""
+    factors = sorted(_factor(target, rank, steps) for target in targets)
+    claim = (
+        f"{PRECGD} ends at least {median:g} times lower than {DECAY} on half of {len(factors)} "
+        f"targets, {least:g} times on all"
+    )
+    middle = statistics.median(factors)
+    measured = f"median {middle:.1f}, from {factors[0]:.1f} to {factors[-1]:.1f} times"
+    return Verdict(claim, measured, middle >= median and factors[0] >= least)
+
+
+def _factor(target: Tensor, rank: int, steps: int) -> float:
+    """How many times lower PrecGD ends than the paper's GD."""
+    spec = Blast(SIZE, SIZE, rank=rank, blocks=BLOCKS)
+    preconditioned = factorize(target, spec, solver="precgd", steps=steps)
+    return _best_decayed(target, spec, steps).relative_error / preconditioned.relative_error
 
 
 def ours_is_first(curves: list[Curve]) -> list[Verdict]:

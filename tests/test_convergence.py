@@ -15,10 +15,12 @@ from reproduce.convergence import (
     Curve,
     compare,
     far_below,
+    far_below_on_most,
     ours_is_first,
     report,
 )
 from reproduce.figure3 import low_rank_target
+from reproduce.figure9 import blast_target
 
 METHODS = [DECAY, THEOREM, PRECGD, OURS]
 
@@ -78,3 +80,19 @@ def test_the_four_methods_on_a_low_rank_target() -> None:
     assert ours < 1e-5 < precgd < 0.2 * min(decay, theorem)
     assert all(a >= b for a, b in zip(curves[1].errors, curves[1].errors[1:], strict=False))
     assert steps_verdict(curves, PRECGD) and steps_verdict(curves, THEOREM)
+
+
+@pytest.mark.parametrize(
+    ("median", "least", "holds"), [(3.0, 1.5, True), (3.1, 1.5, False), (3.0, 2.1, False)]
+)
+def test_far_below_on_most_asks_the_median_and_the_least(monkeypatch, median, least, holds) -> None:
+    factors = iter([9.0, 3.0, 2.0])
+    monkeypatch.setattr("reproduce.convergence._factor", lambda *_: next(factors))
+    targets = [low_rank_target(0)] * 3
+    assert far_below_on_most(targets, 32, 1, median, least).holds is holds
+
+
+@pytest.mark.parametrize("target", [low_rank_target, blast_target])
+def test_draws_of_a_target_differ_and_repeat(target) -> None:
+    assert target(1).equal(target(1))
+    assert not target(0).equal(target(1))
