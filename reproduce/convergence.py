@@ -1,4 +1,4 @@
-r"""What Figures 3 and 9 of the paper share: the methods compared, table, plot and verdicts.
+r"""What Figures 3 and 9 of the paper compare: the methods, their curves, and verdicts on them.
 
 The paper leaves the following open; what is done here instead:
 
@@ -16,11 +16,8 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib import pyplot
 from torch import Tensor
 
 from blastnn.errors import FactorizationError
@@ -33,7 +30,6 @@ DECAY, THEOREM, PRECGD, OURS = "GD, step decayed", "GD, Theorem 1", "PrecGD", "o
 LEVELS = tuple(10.0 ** (-k / 2) for k in range(1, 13))
 # The order of the first steps depends on the start more than on the method.
 FIRST_STEPS = 10
-FOLDER = Path("runs/reproduce")
 
 
 @dataclass(frozen=True)
@@ -157,61 +153,3 @@ def ours_is_first(curves: list[Curve]) -> list[Verdict]:
             compared = bool(levels) or other.method != PRECGD
             verdicts.append(Verdict(claim, measured, compared and not lost))
     return verdicts
-
-
-def table(curves: list[Curve]) -> str:
-    """Errors after some steps, and the step and second at which levels are first reached."""
-    marks = [k for k in (1, 10, 30, 100, 300) if k < max(len(c.errors) for c in curves)]
-    levels = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-    head = ["method", *(f"at {k}" for k in marks), "seconds", *(f"{x:.0e}" for x in levels)]
-    rows = [head]
-    for curve in curves:
-        errors = [f"{curve.errors[min(k, len(curve.errors) - 1)]:.1e}" for k in marks]
-        firsts = [_first(curve, level) for level in levels]
-        rows.append([curve.method, *errors, f"{curve.seconds[-1]:.2f}", *firsts])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _first(curve: Curve, level: float) -> str:
-    step, seconds = curve.first_below(level)
-    return "never" if step == math.inf else f"{step} ({seconds:.2f} s)"
-
-
-def plot(panels: dict[str, list[Curve]], title: str, path: Path) -> None:
-    """One column a panel; errors against steps above, against seconds below."""
-    matplotlib.use("Agg")
-    figure, axes = pyplot.subplots(2, len(panels), figsize=(10, 7), sharey="row", squeeze=False)
-    for column, (name, curves) in enumerate(panels.items()):
-        for curve in curves:
-            axes[0, column].semilogy(range(len(curve.errors)), curve.errors, label=curve.method)
-            axes[1, column].loglog(curve.seconds, curve.errors, label=curve.method)
-        axes[0, column].set(title=name, xlabel="step")
-        axes[1, column].set(xlabel="seconds")
-    for row in axes:
-        row[0].set_ylabel("relative error")
-    axes[0, 0].legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def report(panels: dict[str, list[Curve]], verdicts: dict[str, list[Verdict]]) -> None:
-    """Print tables and verdicts.
-
-    Raises:
-        SystemExit: a required claim does not hold.
-    """
-    for name, curves in panels.items():
-        print(f"{name}\n{table(curves)}\n")
-        for verdict in verdicts[name]:
-            word = "holds:         " if verdict.holds else "DOES NOT HOLD: "
-            print(f"  {word}{verdict.claim} ({verdict.measured})")
-        print()
-    required = [v for found in verdicts.values() for v in found if v.required]
-    failed = sum(not verdict.holds for verdict in required)
-    if failed:
-        raise SystemExit(f"{failed} of {len(required)} required claims do not hold")

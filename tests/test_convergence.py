@@ -6,6 +6,7 @@ Made-up curves for the verdicts; for the methods the first steps only, and no se
 from __future__ import annotations
 
 import pytest
+from matplotlib.figure import Figure
 
 from reproduce.convergence import (
     DECAY,
@@ -17,10 +18,11 @@ from reproduce.convergence import (
     far_below,
     far_below_on_most,
     ours_is_first,
-    report,
 )
 from reproduce.figure3 import low_rank_target
 from reproduce.figure9 import blast_target
+from reproduce.figures import Figure as PaperFigure
+from reproduce.figures import draw, over_targets, plot, report
 
 METHODS = [DECAY, THEOREM, PRECGD, OURS]
 
@@ -96,3 +98,29 @@ def test_far_below_on_most_asks_the_median_and_the_least(monkeypatch, median, le
 def test_draws_of_a_target_differ_and_repeat(target) -> None:
     assert target(1).equal(target(1))
     assert not target(0).equal(target(1))
+
+
+def test_a_picture_names_every_method_and_has_the_same_bytes_again(tmp_path) -> None:
+    curves = [falling(PRECGD, 5, 0.1), falling(OURS, 5, 0.1)]
+    paths = [tmp_path / "a" / "figure.svg", tmp_path / "b" / "figure.svg"]
+    for path in paths:
+        plot({"panel": curves}, path)
+    first, second = (path.read_text() for path in paths)
+    assert first == second
+    assert PRECGD in first and OURS in first
+
+
+def test_a_single_point_is_marked() -> None:
+    """A line of one point shows nothing."""
+    axes = Figure().subplots(2)
+    draw(*axes, [falling(PRECGD, 5, 0.1), Curve(OURS, (0.01,), (1e-6,))])
+    for each in axes:
+        line, point = each.lines
+        assert line.get_marker() in ("None", None) and point.get_marker() == "o"
+
+
+def test_over_targets_counts_who_arrives() -> None:
+    figure = PaperFigure("made-up", "low rank", low_rank_target, steps=2, verdicts=lambda *_: [])
+    *_, last = over_targets(figure, rank=8, count=2).splitlines()
+    # In two steps from a small random start nobody arrives but ours, which starts at the solution.
+    assert last.split() == ["<=", "1e-05", "0", "0", "0", "2"]
