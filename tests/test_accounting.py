@@ -25,6 +25,7 @@ from reproduce.accounting import (
 from reproduce.dit import dit_plan, dit_xl_2
 from reproduce.paper_tables import DIT_TABLES, LLAMA_TABLES
 
+RESULTS = PAGE.with_name("reproduce.md")
 LLAMA_7B = 6_738_415_616
 # What the authors' code of DiT prints of DiT-XL/2, the fixed position embedding included.
 DIT_XL_2 = 675_129_632
@@ -135,3 +136,12 @@ def test_plan_files_load(llama, dit, table):
 
 def test_the_page_is_what_the_script_writes(llama, dit):
     assert PAGE.read_text() == page(llama, dit)
+
+
+def test_the_page_of_results_has_our_totals(llama):
+    text = RESULTS.read_text()
+    for table in LLAMA_TABLES:
+        assert (
+            f"{kept(planned(llama, table)) / 1e9:.3f}B, {table.saved / LLAMA_7B:.1%} removed"
+            in text
+        )
