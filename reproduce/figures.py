@@ -62,7 +62,9 @@ def run(figure: Figure) -> None:
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true", help="write the picture of the docs, too")
-    parser.add_argument("--targets", type=int, default=0, help="how many other draws to try")
+    parser.add_argument(
+        "--targets", type=int, default=0, help="how many draws of the target to try"
+    )
     arguments = parser.parse_args()
     if arguments.targets:
         for rank in RANKS:
