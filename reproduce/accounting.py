@@ -1,6 +1,6 @@
 """Every parameter count of the paper beside ours, exactly, from the specs' own counts.
 
-Nothing is allocated: Llama-7B stands on the meta device, DiT-XL/2 is a table of shapes.
+Nothing is allocated: Llama-7B and DiT-XL/2 stand on the meta device.
 
     python -m reproduce.accounting            print the table
     python -m reproduce.accounting --write    and write docs/accounting.md and reproduce/plans/
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 from transformers import LlamaConfig
 
@@ -22,7 +23,8 @@ from blastnn.compress.planning import make_plan
 from blastnn.files import write_json, write_text
 from blastnn.models.skeleton import build_skeleton, find_blocks
 from blastnn.structures import Blast, BlockDiagonal, LowRank, Monarch, Structure
-from reproduce.paper_tables import DIT_TABLES, LLAMA_TABLES, Table, dit_params
+from reproduce.dit import POSITION_EMBEDDING, dit_plan
+from reproduce.paper_tables import DIT_TABLES, LLAMA_TABLES, Table
 from reproduce.vit_flops import TARGETS, multiplications, relative
 
 ROOT = Path(__file__).parents[1]
@@ -142,11 +144,31 @@ def llama_lines(plan: Plan) -> Iterator[Line]:
     yield Line("Llama-7B, low rank and Monarch, 20%", "5.41B", _billions(fifth), f"{fifth:,}", note)
 
 
-def dit_lines() -> Iterator[Line]:
+def dit_lines(plan: Plan) -> Iterator[Line]:
     """The ratios of Tables 7 and 8."""
-    total = dit_params()
+    total = plan.model_params
     for table in DIT_TABLES:
-        yield _removed(f"DiT-XL/2, BLAST_9, Table {table.number}", table, total, table.saved)
+        saved = total - kept(planned(plan, table))
+        yield _removed(f"DiT-XL/2, BLAST_9, Table {table.number}", table, total, saved)
+
+
+def _dit_remark(plan: Plan) -> str:
+    """What Tables 7 and 8 remove of each total that may be meant."""
+    total = plan.model_params
+    totals = {
+        f"of all {total:,} parameters": total,
+        "without the position embedding, which is fixed": total - POSITION_EMBEDDING,
+        f"of {total / 1e6:.0f} million, the total rounded": round(total, -6),
+    }
+    shares = (
+        f"{' and '.join(f'{table.saved / count:.3%}' for table in DIT_TABLES)} {words}"
+        for words, count in totals.items()
+    )
+    text = (
+        f"- Tables 7 and 8 remove {'; '.join(shares)}. So one decimal of Table 8 is 20.1% or "
+        "20.2%, and that of Table 7 is 49.2% or 49.3%; the table above has the first total."
+    )
+    return fill(text, width=100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def vit_lines() -> Iterator[Line]:
@@ -186,39 +208,42 @@ REMARKS = """
   gate_proj and up_proj are in layers 10 to 31. The plan files follow the tables.
 - The paper prints no ranks for low rank, Monarch and block-diagonal. Counted are the largest ranks
   within half of each matrix of the blocks, Monarch in 4 x 4 blocks, block-diagonal in 2 blocks.
+{dit}
 - Table 1: the ranks are ours, the smallest explanation of the shares that the paper prints; see
   `reproduce/vit_flops.py` for what is counted.
 """
 
 
-def page(plan: Plan) -> str:
+def page(llama: Plan, dit: Plan) -> str:
     """``docs/accounting.md``."""
     rows = [["", "paper", "ours", "exactly", "why they differ"]]
-    for x in (*llama_lines(plan), *dit_lines(), *vit_lines()):
+    for x in (*llama_lines(llama), *dit_lines(dit), *vit_lines()):
         ours = x.ours if x.agrees else f"**{x.ours}**"
         rows.append([x.what, x.paper, ours, x.exact, "" if x.agrees else x.note])
     rows.insert(1, ["---"] * len(rows[0]))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{INTRODUCTION}\n{table}\n{REMARKS}"
+    return f"{INTRODUCTION}\n{table}\n{REMARKS.format(dit=_dit_remark(dit))}"
 
 
 def main() -> None:
     """Print the page; with ``--write``, write it and the plan files."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true")
-    write, plan = parser.parse_args().write, llama_plan()
-    text = page(plan)
+    write, llama, dit = parser.parse_args().write, llama_plan(), dit_plan()
+    text = page(llama, dit)
     print(text)
     if write:
         write_text(PAGE, text)
         PLANS.mkdir(exist_ok=True)
-        for table in LLAMA_TABLES:
-            write_json(plan_path(table), planned(plan, table).to_json())
+        for plan, tables in ((llama, LLAMA_TABLES), (dit, DIT_TABLES)):
+            for table in tables:
+                write_json(plan_path(table), planned(plan, table).to_json())
 
 
 def plan_path(table: Table) -> Path:
-    """The plan file of a table about Llama-7B."""
-    return PLANS / f"llama-7b-table-{table.number}.json"
+    """The plan file of a table."""
+    model = "dit-xl-2" if table in DIT_TABLES else "llama-7b"
+    return PLANS / f"{model}-table-{table.number}.json"
 
 
 if __name__ == "__main__":

@@ -10,37 +10,28 @@ after 100, where preconditioned gradient descent has found a point of low error.
 
 from __future__ import annotations
 
-from reproduce.convergence import (
-    FOLDER,
-    RANKS,
-    SIZE,
-    TRUE_RANK,
-    compare,
-    far_below,
-    normal,
-    ours_is_first,
-    plot,
-    report,
-)
+from torch import Tensor
 
-STEPS = 100
+from reproduce.convergence import SIZE, TRUE_RANK, Curve, Verdict, far_below, normal
+from reproduce.figures import Figure, run
+
 # The paper has no figure for "fails" against "finds a low error" at r = 32; an order of magnitude.
+# We measure 13 to 18 on eight targets.
 FAR = 10.0
 
 
-def main() -> None:
-    """Run, plot, print, and fail where a claim does not hold."""
-    target = normal(SIZE, TRUE_RANK, seed=0) @ normal(TRUE_RANK, SIZE, seed=1)
-    panels, verdicts = {}, {}
-    for rank in RANKS:
-        name = f"low-rank target, r* = {TRUE_RANK}, r = {rank}"
-        curves = panels[name] = compare(target, rank, STEPS)
-        verdicts[name] = ours_is_first(curves)
-        if rank > TRUE_RANK:
-            verdicts[name].append(far_below(curves, FAR))
-    plot(panels, "Figure 3: a low-rank target", FOLDER / "figure3.png")
-    report(panels, verdicts)
+def low_rank_target(draw: int) -> Tensor:
+    """The product of two normal matrices; the figure has draw 0."""
+    left, right = normal(SIZE, TRUE_RANK, seed=2 * draw), normal(TRUE_RANK, SIZE, seed=2 * draw + 1)
+    return left @ right
 
+
+def verdicts(curves: list[Curve], rank: int) -> list[Verdict]:
+    """What the paper says of ``r > r*``."""
+    return [far_below(curves, FAR)] if rank > TRUE_RANK else []
+
+
+FIGURE = Figure("figure3", "low-rank target", low_rank_target, steps=100, verdicts=verdicts)
 
 if __name__ == "__main__":
-    main()
+    run(FIGURE)

@@ -9,6 +9,8 @@ The paper's figure, in words: plain gradient descent converges neither at ``r = 
 ``r = 32``; preconditioned, it easily finds a low error at ``r = 8`` and is two orders of magnitude
 better than plain at ``r = 32``.
 
+At ``r = 32`` we do not find two orders of magnitude: docs/reproduce.md.
+
     python -m reproduce.figure9
 """
 
@@ -19,43 +21,45 @@ from torch import Tensor
 from blastnn.structures import Blast
 from reproduce.convergence import (
     BLOCKS,
-    FOLDER,
-    RANKS,
     SIZE,
     TRUE_RANK,
-    compare,
+    Curve,
+    Verdict,
     far_below,
+    far_below_on_most,
     normal,
-    ours_is_first,
-    plot,
-    report,
 )
+from reproduce.figures import Figure, run
 
 STEPS = 300
-# The paper's "two orders of magnitude". At r = 32 it is reported and not required: with GD at its
-# best step size we measure a factor of about 5.
+# The paper's "two orders of magnitude". At r = 32 it is reported and not required.
 FAR = 100.0
+# What is required there instead. GD at its best step size against PrecGD, on 32 targets: factors
+# of 1.8 to 6.3, and a median of 2.9 or more in each eight of them.
+TARGETS, MEDIAN, LEAST = 8, 2.0, 1.5
 
 
-def blast_target() -> Tensor:
-    """The dense matrix of random BLAST factors."""
+def blast_target(draw: int) -> Tensor:
+    """The dense matrix of random BLAST factors; the figure has draw 0."""
     spec = Blast(SIZE, SIZE, rank=TRUE_RANK, blocks=BLOCKS)
-    shapes = spec.factor_shapes().items()
-    return spec.to_dense({key: normal(*shape, seed=i) for i, (key, shape) in enumerate(shapes)})
+    shapes = spec.factor_shapes()
+    factors = {
+        key: normal(*shape, seed=len(shapes) * draw + i)
+        for i, (key, shape) in enumerate(shapes.items())
+    }
+    return spec.to_dense(factors)
 
 
-def main() -> None:
-    """Run, plot, print, and fail where a claim does not hold."""
-    target = blast_target()
-    panels, verdicts = {}, {}
-    for rank in RANKS:
-        name = f"BLAST target, r* = {TRUE_RANK}, r = {rank}"
-        curves = panels[name] = compare(target, rank, STEPS)
-        far = far_below(curves, FAR, required=rank == TRUE_RANK)
-        verdicts[name] = [*ours_is_first(curves), far]
-    plot(panels, "Figure 9: a BLAST target", FOLDER / "figure9.png")
-    report(panels, verdicts)
+def verdicts(curves: list[Curve], rank: int) -> list[Verdict]:
+    """What the paper says of both ranks, and what we answer for."""
+    if rank == TRUE_RANK:
+        return [far_below(curves, FAR)]
+    targets = map(blast_target, range(TARGETS))
+    most = far_below_on_most(targets, rank, STEPS, MEDIAN, LEAST)
+    return [far_below(curves, FAR, required=False), most]
 
+
+FIGURE = Figure("figure9", "BLAST target", blast_target, STEPS, verdicts)
 
 if __name__ == "__main__":
-    main()
+    run(FIGURE)

@@ -1,8 +1,7 @@
-"""Tables 7 to 11 of the paper, as printed, and the sizes of the models that they are about."""
+"""Tables 7 to 11 of the paper, as printed but for the layers, which have their modules' names."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from blastnn.structures import Blast
@@ -50,9 +49,9 @@ DIT_TABLES = (
         0.5,
         _rows(
             9,
-            ("QKV_proj", 3456, 1152, 384, _DIT_ALL),
-            ("FC1", 4608, 1152, 256, _DIT_ALL),
-            ("adaLN_proj", 6912, 1152, 256, _DIT_ALL),
+            ("attn.qkv", 3456, 1152, 384, _DIT_ALL),
+            ("mlp.fc1", 4608, 1152, 256, _DIT_ALL),
+            ("adaLN_modulation.1", 6912, 1152, 256, _DIT_ALL),
         ),
     ),
     Table(
@@ -60,9 +59,9 @@ DIT_TABLES = (
         0.2,
         _rows(
             9,
-            ("QKV_proj", 3456, 1152, 512, _DIT_ALL),
-            ("FC1", 4608, 1152, 640, _DIT_ALL),
-            ("adaLN_proj", 6912, 1152, 768, _DIT_ALL),
+            ("attn.qkv", 3456, 1152, 512, _DIT_ALL),
+            ("mlp.fc1", 4608, 1152, 640, _DIT_ALL),
+            ("adaLN_modulation.1", 6912, 1152, 768, _DIT_ALL),
         ),
     ),
 )
@@ -103,30 +102,3 @@ LLAMA_TABLES = (
         ),
     ),
 )
-
-# DiT-XL/2 on 32 x 32 x 4 latents: depth 28, width 1152, patches of 2 x 2, 1000 classes and "none".
-# Weight shapes; every one has a bias of its first size, except the two embeddings below.
-_WIDTH = 1152
-DIT_BLOCK = {
-    "QKV_proj": (3 * _WIDTH, _WIDTH),
-    "attention output": (_WIDTH, _WIDTH),
-    "FC1": (4 * _WIDTH, _WIDTH),
-    "FC2": (_WIDTH, 4 * _WIDTH),
-    "adaLN_proj": (6 * _WIDTH, _WIDTH),
-}
-DIT_OUTSIDE = {
-    "patch embedding": (_WIDTH, 2 * 2 * 4),
-    "time embedding 1": (_WIDTH, 256),
-    "time embedding 2": (_WIDTH, _WIDTH),
-    "final adaLN": (2 * _WIDTH, _WIDTH),
-    "final projection": (2 * 2 * 8, _WIDTH),
-}
-DIT_CLASS_EMBEDDING = (1001, _WIDTH)
-DIT_POSITION_EMBEDDING = (16 * 16, _WIDTH)
-
-
-def dit_params() -> int:
-    """All parameters of DiT-XL/2, its position embedding included, which is fixed sines."""
-    layers = 28 * list(DIT_BLOCK.values()) + list(DIT_OUTSIDE.values())
-    embeddings = math.prod(DIT_CLASS_EMBEDDING) + math.prod(DIT_POSITION_EMBEDDING)
-    return sum(m * n + m for m, n in layers) + embeddings
