@@ -172,6 +172,19 @@ def test_without_noise_the_error_vanishes(shape):
     assert result.relative_error < 1e-9
 
 
+def test_float32_descends_as_far_as_float64_where_errors_are_small():
+    """What a sweep's own error has lost to rounding must not look like a rise, and end it."""
+    target = Blast(256, 256, rank=8, blocks=(16, 16))
+    shapes = target.factor_shapes()
+    exact = target.to_dense(
+        {k: normal(*shape, seed=i) for i, (k, shape) in enumerate(shapes.items())}
+    )
+    spec = Blast(256, 256, rank=32, blocks=(16, 16))
+    double = factorize(exact.double(), spec, sweeps=300).relative_error
+    assert double < 1e-2
+    assert factorize(exact.float(), spec, sweeps=300).relative_error < 1.3 * double
+
+
 @both_kinds
 def test_the_randomised_start_of_larger_matrices_is_near_the_svd(weighted):
     weight = normal(200, 160) * torch.logspace(0, -1, 160)

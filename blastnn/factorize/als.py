@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from blastnn.factorize.als_free import FreeSweep
-from blastnn.factorize.als_state import SMALLEST_RIDGE, State, Sweeper, ridge_for
+from blastnn.factorize.als_state import ROUNDING, SMALLEST_RIDGE, State, Sweeper, ridge_for
 from blastnn.factorize.als_weighted import WeightedSweep
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
@@ -164,6 +164,7 @@ class _Run:
             start = state.extrapolate(previous, [0.0 if landing else p.momentum for p in paces])
             omega = [1.0 if landing else pace.omega for pace in paces]
             candidate, errors = self.sweeper.sweep(start, omega, [pace.ridge for pace in paces])
+            self._settle([paces[index] for index in active], active, state, candidate, errors)
             better = [False] * len(paces)
             for index in active:
                 better[index] = paces[index].learn(errors[index])
@@ -176,6 +177,28 @@ class _Run:
                 return
         for index in active:
             self._ends(index, f"ran its {schedule.sweeps} sweeps")
+
+    def _settle(
+        self,
+        paces: Sequence[_Pace],
+        active: Sequence[int],
+        state: State,
+        candidate: State,
+        errors: list[float],
+    ) -> None:
+        """Where an error seems to rise by no more than rounding, both it and the last one anew.
+
+        From the residuals: a sweep's own errors have lost as many digits as their squares are
+        small, and would end the iteration while it still descends.
+        """
+        for pace, index in zip(paces, active, strict=True):
+            last = pace.errors[-1]
+            rise = errors[index] ** 2 - last**2
+            if 0.0 <= rise <= ROUNDING[state.U.dtype]:
+                errors[index] = self.sweeper.error_of(candidate, index)
+                pace.errors[-1] = self.sweeper.error_of(state, index)
+                if self.best_error[index] == last:
+                    self.best_error[index] = pace.errors[-1]
 
     def _keep(self, state: State, errors: Sequence[float]) -> None:
         better = [new < old for new, old in zip(errors, self.best_error, strict=True)]

@@ -25,6 +25,8 @@ RIDGE_PER_SQUARED_ERROR = 4e-3
 SMALLEST_RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}
 # Below this squared relative error the normal-equation value of the objective has cancelled.
 CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-13}
+# By how much that value is off, at the most.
+ROUNDING = {torch.float32: 4e-6, torch.float64: 1e-14}
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,10 @@ class Sweeper(ABC):
 
     def error(self, state: State) -> list[float]:
         """Relative errors from the residuals, in float64."""
-        return [self._error_of(state, index) for index in range(len(self.problems))]
+        return [self.error_of(state, index) for index in range(len(self.problems))]
 
-    def _error_of(self, state: State, index: int) -> float:
+    def error_of(self, state: State, index: int) -> float:
+        """The relative error of one problem from its residual, in float64."""
         factors = {name: factor.double() for name, factor in state.one(index).items()}
         return self.problems[index].objective_error(self.spec.to_dense(factors))
 
@@ -106,7 +109,7 @@ class Sweeper(ABC):
         for index, value in enumerate(fitted.tolist()):
             squared = 1.0 + value / self.energy[index]
             cancelled = squared < CANCELLATION[state.U.dtype]
-            errors.append(self._error_of(state, index) if cancelled else math.sqrt(squared))
+            errors.append(self.error_of(state, index) if cancelled else math.sqrt(squared))
         return errors
 
 
