@@ -24,6 +24,7 @@ from statistics import median
 import matplotlib
 import numpy as np
 
+from benchmarks.drawing import save
 from benchmarks.matrices import made_up
 from blastnn.factorize import factorize
 from blastnn.structures import Blast
@@ -96,7 +97,10 @@ def slope(sizes: list[int], values: list[float]) -> float:
 
 
 def plot(sizes: list[int], seconds: list[float], operations: list[float], path: Path) -> None:
-    """Seconds a sweep over n, and where operations at the rate of the largest would be."""
+    """Seconds a sweep over n, and where operations at the rate of the largest would be.
+
+    Written as PNG and SVG to ``path`` with those suffixes.
+    """
     figure, axis = plt.subplots(figsize=(5, 4))
     label = f"seconds a sweep, slope {slope(sizes, seconds):.2f}"
     axis.loglog(sizes, seconds, "o-", label=label)
@@ -105,7 +109,8 @@ def plot(sizes: list[int], seconds: list[float], operations: list[float], path: 
     axis.set_xlabel("n")
     axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    for suffix in (".png", ".svg"):
+        save(figure, path.with_suffix(suffix))
 
 
 def main() -> None:
@@ -142,7 +147,7 @@ def main() -> None:
     large = in_process(*LARGE, 3)
     print(f"{LARGE}: sweep {large['sweep']:.1f} s, peak {large['peak_mib']:.0f} MiB resident")
     given.folder.mkdir(parents=True, exist_ok=True)
-    plot(given.sizes, seconds, operations, given.folder / "solver_cost.png")
+    plot(given.sizes, seconds, operations, given.folder / "solver_cost")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
+from benchmarks.drawing import save
 from benchmarks.matrices import KINDS, made_up, real_weights
 from blastnn.factorize import FactorizationResult, factorize, precgd
 from blastnn.kernels import normal_equations
@@ -40,7 +41,6 @@ SWEEPS = 3000  # more than Algorithm 2 has time for
 FEWER_STEPS = (30, 100)
 LARGE = ((4096, 4096), (11008, 4096))
 POINTS = 60  # of a curve in the plot
-UNDATED: dict[str, dict[str, None]] = {"svg": {"Date": None}}
 
 Row = dict[str, object]
 
@@ -185,8 +185,8 @@ def write(rows: list[Row], folder: Path, name: str) -> None:
     axes[0, 0].legend(fontsize=6)
     axes[0, 0].set_ylabel("relative error", fontsize=7)
     figure.tight_layout()
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"{name}.{suffix}", dpi=110, metadata=UNDATED.get(suffix))
+    for suffix in (".png", ".svg"):
+        save(figure, folder / f"{name}{suffix}")
     plt.close(figure)
 
 

@@ -18,6 +18,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from benchmarks.drawing import save
 from reproduce.convergence import (
     OURS,
     PRECGD,
@@ -130,23 +131,20 @@ def _first(curve: Curve, level: float) -> str:
 def plot(panels: dict[str, list[Curve]], path: Path) -> None:
     """One column a panel; errors against steps above, against seconds below.
 
-    The end of the file's name says in which format; an SVG has the same bytes for the same curves.
+    The end of the file's name says in which format.
     """
     matplotlib.use("Agg")
-    settings = {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.family": "sans-serif"}
-    with pyplot.rc_context(settings):
-        figure, axes = pyplot.subplots(2, len(panels), figsize=(10, 7), sharey="row", squeeze=False)
-        for column, (name, curves) in enumerate(panels.items()):
-            draw(axes[0, column], axes[1, column], curves)
-            axes[0, column].set(title=name, xlabel="step")
-            axes[1, column].set(xlabel="seconds")
-        for row in axes:
-            row[0].set_ylabel("relative error")
-        axes[0, 0].legend()
-        figure.tight_layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
-        pyplot.close(figure)
+    figure, axes = pyplot.subplots(2, len(panels), figsize=(10, 7), sharey="row", squeeze=False)
+    for column, (name, curves) in enumerate(panels.items()):
+        draw(axes[0, column], axes[1, column], curves)
+        axes[0, column].set(title=name, xlabel="step")
+        axes[1, column].set(xlabel="seconds")
+    for row in axes:
+        row[0].set_ylabel("relative error")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    save(figure, path)
+    pyplot.close(figure)
 
 
 def draw(by_step: Axes, by_second: Axes, curves: list[Curve]) -> None:
