@@ -65,6 +65,25 @@ def random_factors(
     return factors
 
 
+def is_full(spec: Structure) -> bool:
+    """Whether the matrices of a spec fill the space: every entry moves by itself.
+
+    Told by the rank of the dense matrix's derivative at random factors.
+    """
+    factors, size = random_factors(spec), spec.out_features * spec.in_features
+    if spec.num_params < size:
+        return False
+    names = list(spec.factor_shapes())
+
+    def dense(*values: Tensor) -> Tensor:
+        return spec.to_dense({**factors, **dict(zip(names, values, strict=True))})
+
+    slopes = torch.autograd.functional.jacobian(dense, tuple(factors[name] for name in names))
+    return (
+        int(torch.linalg.matrix_rank(torch.cat([s.reshape(size, -1) for s in slopes], 1))) == size
+    )
+
+
 def independent_error(
     weight: Tensor, spec: Structure, factors: dict[str, Tensor], moment: Tensor | None = None
 ) -> float:

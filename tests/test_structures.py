@@ -31,20 +31,6 @@ MANY_TOKENS = FEW_TOKENS + 7
 every_spec = pytest.mark.parametrize("spec", example_specs(SHAPES), ids=describe)
 few_specs = pytest.mark.parametrize("spec", example_specs([(13, 11)]), ids=describe)
 every_structure = pytest.mark.parametrize("name", sorted(STRUCTURES))
-# Those that come with blastnn; the check is a courtesy, and no law for new ones.
-OWN = [
-    "blast",
-    "blockdiag",
-    "blr",
-    "blr2",
-    "channels",
-    "gblr",
-    "lowrank",
-    "monarch",
-    "pixelfly",
-    "sparse_lowrank",
-    "sum",
-]
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"]
 )
@@ -254,7 +240,7 @@ def test_init_ignores_the_global_generator(spec):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", OWN)
+@every_structure
 @pytest.mark.parametrize("params", [math.nan, math.inf, "1000", None, True])
 def test_a_budget_that_is_no_number_is_refused(name: str, params: object) -> None:
     with pytest.raises(StructureError, match="params must be a number of parameters, but is"):

@@ -130,7 +130,8 @@ class Structure(ABC):
         """The spec of the largest rank, a multiple of ``step``, with at most ``params`` numbers.
 
         Raises:
-            StructureError: not even the smallest rank fits.
+            StructureError: not even the smallest rank fits, or what is given is no budget
+                (``require_budget``).
         """
 
     def larger(self, step: int = 1) -> Self | None:
