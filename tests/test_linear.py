@@ -13,9 +13,13 @@ from blastnn.errors import FactorizationError, StructureError
 from blastnn.factorize import factorize
 from blastnn.linear import StructuredLinear
 from blastnn.structures import STRUCTURES, Structure
+from tests.matrices import describe, example_specs
+from tests.memory import poisoned_memory
 
 SPECS = [structure.for_budget(22, 26, 22 * 26 // 2) for structure in STRUCTURES.values()]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
+EXAMPLES = example_specs([(22, 26)], (0.5,))
+every_example = pytest.mark.parametrize("spec", EXAMPLES, ids=describe)
 with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 
 
@@ -62,6 +66,28 @@ def test_gradients_reach_the_input_and_every_parameter(spec, tokens):
         assert value.grad is not None, name
         assert value.grad.isfinite().all(), name
         assert (value.grad.abs().max() > 0) == (name not in spec.step_factors()), name
+
+
+@every_example
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_nothing_is_read_before_it_is_written(spec, dtype):
+    def everything() -> list[Tensor]:
+        torch.manual_seed(0)
+        layer, found = with_random_bias(StructuredLinear(spec, dtype=dtype)), []
+        for tokens in (0, 2, 30):
+            x = inputs(spec, tokens, dtype).requires_grad_()
+            with torch.no_grad():
+                found.append(layer(x))
+            y = layer(x)
+            trained = [x, *layer.parameters()]
+            found += [y, *torch.autograd.grad(y.square().sum(), trained, materialize_grads=True)]
+        return found
+
+    expected = everything()
+    with poisoned_memory():
+        actual = everything()
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @every_spec

@@ -23,6 +23,7 @@ from blastnn.structures import (
 )
 from blastnn.structures.blast import FEW_TOKENS
 from tests.matrices import describe, example_specs, normal, random_factors, specs_of
+from tests.memory import hidden_entries, poisoned_memory
 
 SHAPES = [(7, 7), (12, 20), (13, 11), (31, 9), (8, 37)]
 MANY_TOKENS = FEW_TOKENS + 7
@@ -331,6 +332,67 @@ def test_json_that_describes_no_matrix_is_refused(values):
         spec_from_json(values)
 
 
+# Memory.
+
+
+@every_spec
+def test_nothing_is_read_before_it_is_written(spec):
+    def everything() -> list[Tensor]:
+        factors = {
+            key: f.requires_grad_(f.is_floating_point()) for key, f in random_factors(spec).items()
+        }
+        found = [*spec.init(seed=2).values(), spec.to_dense(factors)]
+        for tokens in (0, 3, MANY_TOKENS):
+            x = normal(tokens, spec.in_features).requires_grad_()
+            trained = [x, *(factors[key] for key in spec.factor_shapes())]
+            y = spec.matmul(x, factors)
+            found += [y, *torch.autograd.grad(y.square().sum(), trained, materialize_grads=True)]
+        return found
+
+    expected = everything()
+    with poisoned_memory():
+        actual = everything()
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@every_structure
+@pytest.mark.parametrize("tokens", [3, MANY_TOKENS])
+def test_what_lies_outside_the_matrix_never_shows_and_gets_no_gradient(name, tokens):
+    for spec in example_specs(SHAPES):
+        if spec.name != name:
+            continue
+        clean, x = random_factors(spec), normal(tokens, spec.in_features)
+        hidden = hidden_entries(spec, clean)
+        for poison in (1e30, -1e300):
+            poisoned = {
+                key: f.masked_fill(hidden[key], poison) if key in hidden else f
+                for key, f in clean.items()
+            }
+            assert torch.equal(spec.to_dense(poisoned), spec.to_dense(clean)), spec
+            assert torch.equal(spec.matmul(x, poisoned), spec.matmul(x, clean)), spec
+        trained = {key: clean[key].requires_grad_() for key in hidden}
+        spec.matmul(x, {**clean, **trained}).square().sum().backward()
+        assert not any(f.grad[hidden[key]].any() for key, f in trained.items()), spec
+
+
+# 9 rows in 5 blocks of 2 leave half a block over; 9 rows in 7 blocks of 2 leave whole blocks over.
+@pytest.mark.parametrize("blocks", [(5, 4), (7, 7)])
+def test_what_lies_outside_the_matrix_is_found(blocks):
+    spec = Blast(9, 11, rank=3, blocks=blocks)
+    (b1, b2), (p, q) = spec.blocks, spec.block_shape
+    outside = {
+        "U": torch.arange(b1 * p).view(b1, p, 1) >= 9,
+        "V": torch.arange(b2 * q).view(b2, q, 1) >= 11,
+        "S": torch.tensor([i * p >= 9 or j * q >= 11 for i in range(b1) for j in range(b2)]),
+    }
+    outside["S"] = outside["S"].view(b1, b2, 1)
+    hidden = hidden_entries(spec, random_factors(spec))
+    assert outside["U"].any() and outside["V"].any()
+    for key, mask in outside.items():
+        assert torch.equal(hidden[key], mask.expand_as(hidden[key])), key
+
+
 # What is particular to BLAST.
 
 
@@ -402,44 +464,3 @@ def test_block_diagonal_is_blast_with_identity_couplings(tokens):
     torch.testing.assert_close(blast.to_dense(factors), expected)
     x = normal(tokens, 20)
     torch.testing.assert_close(blast.matmul(x, factors), x @ expected.T)
-
-
-# 9 rows in 5 blocks of 2 leave half a block over; 9 rows in 7 blocks of 2 leave whole blocks over.
-PADDED_SPECS = [
-    Blast(13, 11, rank=3, blocks=(2, 3)),
-    Blast(9, 11, rank=3, blocks=(5, 4)),
-    Blast(9, 9, rank=2, blocks=(7, 7)),
-]
-padded_specs = pytest.mark.parametrize("spec", PADDED_SPECS, ids=describe)
-
-
-def padding_masks(spec: Blast) -> dict[str, Tensor]:
-    (b1, b2), (p, q) = spec.blocks, spec.block_shape
-    return {
-        "U": torch.arange(b1 * p).view(b1, p) >= spec.out_features,
-        "V": torch.arange(b2 * q).view(b2, q) >= spec.in_features,
-    }
-
-
-@padded_specs
-@pytest.mark.parametrize("tokens", [3, MANY_TOKENS])
-@pytest.mark.parametrize("poison", [1e30, -1e300])
-def test_padding_never_shows(spec, tokens, poison):
-    clean = random_factors(spec)
-    poisoned = {key: f.clone() for key, f in clean.items()}
-    for key, mask in padding_masks(spec).items():
-        assert mask.any()
-        poisoned[key][mask] = poison
-    x = normal(tokens, spec.in_features)
-    assert torch.equal(spec.matmul(x, poisoned), spec.matmul(x, clean))
-    assert torch.equal(spec.to_dense(poisoned), spec.to_dense(clean))
-
-
-@padded_specs
-@pytest.mark.parametrize("tokens", [3, MANY_TOKENS])
-def test_padding_gets_no_gradient(spec, tokens):
-    factors = {key: f.requires_grad_() for key, f in random_factors(spec).items()}
-    spec.matmul(normal(tokens, spec.in_features), factors).square().sum().backward()
-    for key, mask in padding_masks(spec).items():
-        assert factors[key].grad[mask].abs().max() == 0
-        assert factors[key].grad[~mask].abs().min() > 0
