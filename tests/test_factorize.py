@@ -23,6 +23,7 @@ from blastnn.factorize import (
 )
 from blastnn.structures import STRUCTURES, Blast, LowRank, Structure
 from tests.matrices import independent_error, is_full, moment_of, normal, small_spec, specs_of
+from tests.memory import poisoned_memory
 
 FITTING = [
     (solver, name)
@@ -35,6 +36,8 @@ every_pair = pytest.mark.parametrize(("solver", "structure"), FITTING)
 data_aware_pair = pytest.mark.parametrize(
     ("solver", "structure"), [pair for pair in FITTING if SOLVERS[pair[0]].USES_SECOND_MOMENT]
 )
+# Algorithm 2 is kept as the paper has it, which promises no descent.
+MAY_RISE = {"precgd"}
 # Enough for a solver that iterates to get somewhere on a tiny matrix.
 QUICK = {
     "als": {"sweeps": 8},
@@ -54,6 +57,34 @@ def quick(
 ) -> FactorizationResult:
     name = choose_solver(spec, solver)
     return factorize(weight, spec, moment, solver=solver, seed=seed, **QUICK.get(name, {}))
+
+
+# Sizes that nothing divides, blocks that are not square, rows fewer than columns and the reverse.
+ODD_SHAPES = [(23, 17), (11, 29)]
+
+
+@every_pair
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_odd_sizes_and_every_example_option(solver, structure, shape, weighted):
+    """The error is that of the factors, no worse than the start or a zero matrix."""
+    if weighted and not SOLVERS[solver].USES_SECOND_MOMENT:
+        return
+    weight = normal(*shape, dtype=torch.float32)
+    moment = moment_of(shape[1], 100, decay=1.0) if weighted else None
+    specs = specs_of(structure, *shape, 0.5)
+    assert specs
+    for spec in specs:
+        result = quick(weight, spec, moment, solver=solver)
+        spec.check(result.factors)
+        expected = independent_error(weight, spec, result.factors, moment)
+        assert result.relative_error == pytest.approx(expected, rel=1e-6), spec
+        assert all(math.isfinite(error) for _, error in result.history)
+        if solver not in MAY_RISE:
+            # What is returned was solved in float32, whose rounding both may differ by.
+            assert result.history[-1][1] <= result.history[0][1] * (1 + 1e-6), spec
+            assert result.relative_error <= result.history[0][1] * (1 + 1e-5), spec
+            assert result.relative_error <= 1.0 + 1e-6, spec
 
 
 def test_every_structure_has_a_solver():
@@ -81,6 +112,18 @@ def test_the_global_generator_plays_no_part(solver, structure):
     assert all(torch.equal(f, again.factors[key]) for key, f in once.factors.items())
     torch.manual_seed(1)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@every_pair
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_nothing_is_read_before_it_is_written(solver, structure, dtype):
+    weight, spec = normal(23, 17, dtype=dtype), small_spec(structure, 23, 17)
+    moment = moment_of(17, 100) if SOLVERS[solver].USES_SECOND_MOMENT else None
+    expected = quick(weight, spec, moment, solver=solver)
+    with poisoned_memory():
+        actual = quick(weight, spec, moment, solver=solver)
+    assert all(torch.equal(f, actual.factors[key]) for key, f in expected.factors.items())
+    assert [e for _, e in actual.history] == [e for _, e in expected.history]
 
 
 @data_aware_pair
