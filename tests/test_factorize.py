@@ -36,6 +36,15 @@ every_pair = pytest.mark.parametrize(("solver", "structure"), FITTING)
 data_aware_pair = pytest.mark.parametrize(
     ("solver", "structure"), [pair for pair in FITTING if SOLVERS[pair[0]].USES_SECOND_MOMENT]
 )
+# Each of them without data, and with data where the solver uses them.
+with_and_without_data = pytest.mark.parametrize(
+    ("solver", "structure", "weighted"),
+    [
+        (solver, structure, weighted)
+        for solver, structure in FITTING
+        for weighted in sorted({False, SOLVERS[solver].USES_SECOND_MOMENT})
+    ],
+)
 # Algorithm 2 is kept as the paper has it, which promises no descent.
 MAY_RISE = {"precgd"}
 # Enough for a solver that iterates to get somewhere on a tiny matrix.
@@ -63,13 +72,10 @@ def quick(
 ODD_SHAPES = [(23, 17), (11, 29)]
 
 
-@every_pair
+@with_and_without_data
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_odd_sizes_and_every_example_option(solver, structure, shape, weighted):
     """The error is that of the factors, no worse than the start or a zero matrix."""
-    if weighted and not SOLVERS[solver].USES_SECOND_MOMENT:
-        return
     weight = normal(*shape, dtype=torch.float32)
     moment = moment_of(shape[1], 100, decay=1.0) if weighted else None
     specs = specs_of(structure, *shape, 0.5)
@@ -246,10 +252,11 @@ def test_tiny_and_huge_entries_are_solved_alike(solver, structure, size):
 
 
 @every_pair
-def test_tiny_and_huge_entries_side_by_side(solver, structure):
+@pytest.mark.parametrize("large", [1e15, 1e30])
+def test_tiny_and_huge_entries_side_by_side(solver, structure, large):
     weight, spec = normal(24, 20, dtype=torch.float32), small_spec(structure, 24, 20)
     weight[::2] *= 1e-30
-    weight[1::4] *= 1e15
+    weight[1::4] *= large
     result = quick(weight, spec, solver=solver)
     assert all(f.isfinite().all() for f in result.factors.values())
     assert result.relative_error < 1
@@ -261,8 +268,7 @@ HOLD_RANK_ONE = {
 }
 
 
-@data_aware_pair
-@pytest.mark.parametrize("weighted", [False, True])
+@with_and_without_data
 def test_a_constant_matrix(solver, structure, weighted):
     """Rank one, and every block of it the same: every normal matrix is singular."""
     weight, spec = torch.full((24, 20), 3.0), small_spec(structure, 24, 20)
