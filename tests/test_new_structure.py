@@ -38,6 +38,10 @@ class Circulant(Structure):
     def factor_shapes(self):
         return {"c": (self.size,)}
 
+    @property
+    def num_multiplications(self):
+        return self.out_features * self.in_features
+
     def to_dense(self, factors):
         c = factors["c"]
         rows = torch.arange(self.out_features, device=c.device)[:, None]

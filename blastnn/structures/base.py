@@ -10,7 +10,8 @@ conformance suite holds every registered structure to:
 3. ``for_budget(m, n, k).num_params <= k``, and the next ``larger`` spec would exceed ``k``.
 4. ``from_json(to_json()) == self``.
 5. ``to_dense(scaled(f, e)) == 2**e * to_dense(f)``.
-6. Entries of factors outside the matrix (padding) may be any finite numbers: neither the product
+6. ``num_multiplications`` is what ``matmul`` of many tokens does for each.
+7. Entries of factors outside the matrix (padding) may be any finite numbers: neither the product
    nor the dense matrix shows them, and their gradient is zero.
 
 Most structures have floating-point factors alone. Those whose numbers stand at free places also
