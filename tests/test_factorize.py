@@ -516,6 +516,20 @@ def test_als_is_never_worse_than_its_start(m, n, rank, blocks, decay, weighted, 
     assert result.relative_error <= low_rank.relative_error * (1 + 1e-4) + 1e-5
 
 
+@pytest.mark.parametrize("blocks", [(1, 1), (1, 4), (3, 1)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_als_is_optimal_for_one_row_or_column_of_blocks(blocks, weighted):
+    """Such a BLAST matrix is any matrix of its rank, so that nothing is below the SVD."""
+    # Large enough for a solver that iterates to stop above it.
+    weight, spec = normal(160, 140), Blast(160, 140, rank=20, blocks=blocks)
+    moment = moment_of(140, 600) if weighted else None
+    result, best = (factorize(weight, s, moment) for s in (spec, LowRank(160, 140, rank=20)))
+    assert result.relative_error == pytest.approx(best.relative_error, rel=1e-12)
+    optimum = best.factors["U"] @ best.factors["V"].mT
+    torch.testing.assert_close(spec.to_dense(result.factors), optimum)
+    assert "optimal" in result.status
+
+
 def test_als_history_never_rises_after_its_first_sweep():
     weight = normal(32, 24, dtype=torch.float32)
     result = factorize(weight, Blast(32, 24, rank=5, blocks=(4, 3)), moment_of(24, 100))
