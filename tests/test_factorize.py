@@ -18,6 +18,7 @@ from blastnn.factorize import (
     FactorizationResult,
     automatic_table,
     choose_solver,
+    explain_solver,
     factorize,
     shifted_target,
 )
@@ -97,6 +98,34 @@ def test_every_structure_has_a_solver():
     assert {name for _, name in FITTING} == set(STRUCTURES)
     assert set(automatic_table()) == set(STRUCTURES)
     assert all((solver, name) in FITTING for name, solver in automatic_table().items())
+
+
+@pytest.mark.parametrize("name", sorted(STRUCTURES))
+def test_the_choice_of_a_solver_is_the_tables_and_says_why(name):
+    chosen = automatic_table()[name]
+    others = [solver for solver, structure in FITTING if structure == name and solver != chosen]
+    explained = explain_solver(STRUCTURES[name])
+    first, _, rest = explained.partition(". Passed over: ")
+    assert first == f"{chosen} {SOLVERS[chosen].WHY}; it uses data"
+    assert rest == "; ".join(f"{other} {SOLVERS[other].WHY}" for other in others)
+    for spec in specs_of(name, 24, 20, 0.5):
+        assert explain_solver(spec) == explained
+        assert choose_solver(spec) == choose_solver(spec, weighted=True) == chosen
+        assert all(choose_solver(spec, other) == other for other in others)
+        assert factorize(torch.zeros(24, 20), spec).solver == chosen
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_every_solver_has_a_reason_of_its_own(solver):
+    reasons = [module.WHY for module in SOLVERS.values()]
+    assert reasons.count(SOLVERS[solver].WHY) == 1
+    assert 10 < len(SOLVERS[solver].WHY) < 100
+    assert "\n" not in SOLVERS[solver].WHY
+
+
+def test_a_choice_that_ignores_data_says_so(monkeypatch):
+    monkeypatch.setattr(SOLVERS["als"], "USES_SECOND_MOMENT", False)
+    assert "; it cannot use data. Passed over: precgd" in explain_solver(Blast)
 
 
 @every_pair

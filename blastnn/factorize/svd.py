@@ -14,6 +14,7 @@ from blastnn.structures import LowRank, Structure
 
 STRUCTURES = (LowRank,)
 USES_SECOND_MOMENT = True
+WHY = "is optimal, in closed form"
 
 # Up to this smaller side a full decomposition takes a few milliseconds.
 SMALL = 128
