@@ -35,6 +35,18 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
+@contextmanager
+def nothing_by_default() -> Iterator[None]:
+    """Inside, a tensor made without saying on which device has no numbers.
+
+    It stands for a matrix on a GPU: what is made beside it on the default device cannot work with
+    it. So a missing ``device=`` shows on a machine without one.
+    """
+    with torch.device("meta"):
+        assert torch.ones(2).is_meta
+        yield
+
+
 def hidden_entries(spec: Structure, factors: Factors) -> dict[str, Tensor]:
     """Where a factor has entries on which the dense matrix does not depend, such as padding.
 

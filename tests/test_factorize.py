@@ -24,7 +24,7 @@ from blastnn.factorize import (
 )
 from blastnn.structures import STRUCTURES, Blast, LowRank, Structure
 from tests.matrices import independent_error, is_full, moment_of, normal, small_spec, specs_of
-from tests.memory import poisoned_memory
+from tests.memory import nothing_by_default, poisoned_memory
 
 FITTING = [
     (solver, name)
@@ -159,6 +159,16 @@ def test_nothing_is_read_before_it_is_written(solver, structure, dtype):
         actual = quick(weight, spec, moment, solver=solver)
     assert all(torch.equal(f, actual.factors[key]) for key, f in expected.factors.items())
     assert [e for _, e in actual.history] == [e for _, e in expected.history]
+
+
+@with_and_without_data
+def test_every_tensor_is_made_on_the_device_of_the_weight(solver, structure, weighted):
+    weight, spec = normal(23, 17, dtype=torch.float32), small_spec(structure, 23, 17)
+    moment = moment_of(17, 100) if weighted else None
+    expected = quick(weight, spec, moment, solver=solver)
+    with nothing_by_default():
+        actual = quick(weight, spec, moment, solver=solver)
+    assert all(torch.equal(f, actual.factors[key]) for key, f in expected.factors.items())
 
 
 @data_aware_pair

@@ -14,7 +14,7 @@ from blastnn.factorize import factorize
 from blastnn.linear import StructuredLinear
 from blastnn.structures import STRUCTURES, Structure
 from tests.matrices import describe, example_specs
-from tests.memory import poisoned_memory
+from tests.memory import nothing_by_default, poisoned_memory
 
 SPECS = [structure.for_budget(22, 26, 22 * 26 // 2) for structure in STRUCTURES.values()]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
@@ -88,6 +88,18 @@ def test_nothing_is_read_before_it_is_written(spec, dtype):
         actual = everything()
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@every_example
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_every_tensor_is_made_on_the_device_of_the_layer(spec, dtype):
+    layer, x = StructuredLinear(spec, dtype=dtype), inputs(spec, 30, dtype).requires_grad_()
+    trained = [x, *layer.parameters()]
+    ones = torch.ones(2, 30, spec.out_features, dtype=dtype)
+    expected = [layer(x[:, :2]), *torch.autograd.grad(layer(x), trained, ones)]
+    with nothing_by_default():
+        actual = [layer(x[:, :2]), *torch.autograd.grad(layer(x), trained, ones)]
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 @every_spec

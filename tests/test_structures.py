@@ -24,7 +24,7 @@ from blastnn.structures import (
 )
 from blastnn.structures.blast import FEW_TOKENS
 from tests.matrices import describe, example_specs, normal, random_factors, specs_of
-from tests.memory import hidden_entries, poisoned_memory
+from tests.memory import hidden_entries, nothing_by_default, poisoned_memory
 
 SHAPES = [(7, 7), (12, 20), (13, 11), (31, 9), (8, 37)]
 MANY_TOKENS = FEW_TOKENS + 7
@@ -363,6 +363,21 @@ def test_nothing_is_read_before_it_is_written(spec):
         actual = everything()
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@few_specs
+def test_every_tensor_is_made_on_the_device_of_the_factors(spec):
+    x, factors = normal(MANY_TOKENS, spec.in_features), random_factors(spec)
+
+    def everything() -> list[Tensor]:
+        products = [spec.matmul(x[:tokens], factors) for tokens in (3, MANY_TOKENS)]
+        zeros = spec.zeros(dtype=torch.float32, device="cpu")
+        return [*products, spec.to_dense(factors), *spec.init(seed=2).values(), *zeros.values()]
+
+    expected = everything()
+    with nothing_by_default():
+        actual = everything()
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 @every_structure

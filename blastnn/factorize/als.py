@@ -243,7 +243,7 @@ def _cut(P: Tensor, Q: Tensor, spec: Blast) -> State:
 def _disturbed(state: State, noise: float, seed: int) -> State:
     """``S + noise N(0, 1)``, the same for every problem."""
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(state.S.shape[1:], generator=generator).to(state.S)
+    normal = torch.randn(state.S.shape[1:], generator=generator, device="cpu").to(state.S)
     return State(state.U, state.S + noise * normal, state.V)
 
 

@@ -130,9 +130,9 @@ def _random_start(
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = spec.factor_shapes()
-    U = epsilon * torch.randn(shapes["U"], generator=generator)
-    V = epsilon * torch.randn(shapes["V"], generator=generator)
-    S = torch.rand(shapes["S"], generator=generator)
+    U = epsilon * torch.randn(shapes["U"], generator=generator, device="cpu")
+    V = epsilon * torch.randn(shapes["V"], generator=generator, device="cpu")
+    S = torch.rand(shapes["S"], generator=generator, device="cpu")
     return U.to(like), S.to(like), V.to(like)
 
 

@@ -242,7 +242,13 @@ def seeded_normal(
     """Standard normal numbers that depend on the seed alone, not on the device or dtype."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
-    return torch.randn(shape, generator=generator(seed, stream)).to(device=device, dtype=dtype)
+    drawn = torch.randn(shape, generator=generator(seed, stream), device="cpu")
+    return drawn.to(device=device, dtype=dtype)
+
+
+def permutation(count: int, seed: int, stream: int) -> Tensor:
+    """``0`` to ``count - 1`` in an order that the seed draws, on the CPU."""
+    return torch.randperm(count, generator=generator(seed, stream), device="cpu")
 
 
 def normal_factors(
@@ -269,5 +275,9 @@ def is_seed(value: object) -> bool:
 
 
 def generator(seed: int, stream: int) -> torch.Generator:
-    """A generator for one factor; neighbouring seeds share no numbers between factors."""
+    """A generator for one factor; neighbouring seeds share no numbers between factors.
+
+    It draws on the CPU, which has to be said wherever it is used: torch's default device may be
+    another one.
+    """
     return torch.Generator().manual_seed(seed * 1_000_003 + stream)
