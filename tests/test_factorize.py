@@ -23,7 +23,15 @@ from blastnn.factorize import (
     shifted_target,
 )
 from blastnn.structures import STRUCTURES, Blast, LowRank, Structure
-from tests.matrices import independent_error, is_full, moment_of, normal, small_spec, specs_of
+from tests.matrices import (
+    every_device,
+    independent_error,
+    is_full,
+    moment_of,
+    normal,
+    small_spec,
+    specs_of,
+)
 from tests.memory import nothing_by_default, poisoned_memory
 
 FITTING = [
@@ -74,11 +82,12 @@ ODD_SHAPES = [(23, 17), (11, 29)]
 
 
 @with_and_without_data
+@every_device
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-def test_odd_sizes_and_every_example_option(solver, structure, shape, weighted):
+def test_odd_sizes_and_every_example_option(solver, structure, shape, weighted, device):
     """The error is that of the factors, no worse than the start or a zero matrix."""
-    weight = normal(*shape, dtype=torch.float32)
-    moment = moment_of(shape[1], 100, decay=1.0) if weighted else None
+    weight = normal(*shape, dtype=torch.float32).to(device)
+    moment = moment_of(shape[1], 100, decay=1.0).to(device) if weighted else None
     specs = specs_of(structure, *shape, 0.5)
     assert specs
     for spec in specs:
@@ -129,8 +138,9 @@ def test_a_choice_that_ignores_data_says_so(monkeypatch):
 
 
 @every_pair
-def test_same_seed_same_bits(solver, structure):
-    weight, spec = normal(24, 20, dtype=torch.float32), small_spec(structure, 24, 20)
+@every_device
+def test_same_seed_same_bits(solver, structure, device):
+    weight, spec = normal(24, 20, dtype=torch.float32).to(device), small_spec(structure, 24, 20)
     once, again = (quick(weight, spec, solver=solver, seed=3) for _ in range(2))
     assert all(torch.equal(f, again.factors[key]) for key, f in once.factors.items())
     assert once.relative_error == again.relative_error
@@ -199,10 +209,12 @@ def test_the_scale_of_the_second_moment_does_not_matter(solver, structure, expon
 
 
 @every_pair
+@every_device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_relative_error_is_that_of_the_factors(solver, structure, dtype):
-    weight, spec = normal(24, 20, dtype=dtype), small_spec(structure, 24, 20)
+def test_relative_error_is_that_of_the_factors(solver, structure, dtype, device):
+    weight, spec = normal(24, 20, dtype=dtype).to(device), small_spec(structure, 24, 20)
     result = quick(weight, spec, solver=solver)
+    assert {f.device.type for f in result.factors.values()} == {device}
     expected = independent_error(weight, spec, result.factors)
     assert result.relative_error == pytest.approx(expected, rel=1e-9)
     assert result.solver == solver

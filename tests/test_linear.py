@@ -13,7 +13,7 @@ from blastnn.errors import FactorizationError, StructureError
 from blastnn.factorize import factorize
 from blastnn.linear import StructuredLinear
 from blastnn.structures import STRUCTURES, Structure
-from tests.matrices import describe, example_specs
+from tests.matrices import describe, every_device, example_specs
 from tests.memory import nothing_by_default, poisoned_memory
 
 SPECS = [structure.for_budget(22, 26, 22 * 26 // 2) for structure in STRUCTURES.values()]
@@ -47,20 +47,22 @@ def test_parameters_are_named_as_the_factors(spec, bias):
 
 
 @every_spec
+@every_device
 @with_and_without_bias
 @pytest.mark.parametrize("tokens", [2, 30])
-def test_forward_is_that_of_the_dense_layer(spec, bias, tokens):
-    layer = with_random_bias(StructuredLinear(spec, bias=bias))
-    x = inputs(spec, tokens)
+def test_forward_is_that_of_the_dense_layer(spec, bias, tokens, device):
+    layer = with_random_bias(StructuredLinear(spec, bias=bias, device=device))
+    x = inputs(spec, tokens).to(device)
     expected = nn.functional.linear(x, layer.to_dense(), layer.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @every_spec
+@every_device
 @pytest.mark.parametrize("tokens", [2, 30])
-def test_gradients_reach_the_input_and_every_parameter(spec, tokens):
-    layer = with_random_bias(StructuredLinear(spec))
-    x = inputs(spec, tokens).requires_grad_()
+def test_gradients_reach_the_input_and_every_parameter(spec, tokens, device):
+    layer = with_random_bias(StructuredLinear(spec, device=device))
+    x = inputs(spec, tokens).to(device).requires_grad_()
     layer(x).square().sum().backward()
     for name, value in [("input", x), *layer.named_parameters()]:
         assert value.grad is not None, name
@@ -69,13 +71,15 @@ def test_gradients_reach_the_input_and_every_parameter(spec, tokens):
 
 
 @every_example
+@every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_nothing_is_read_before_it_is_written(spec, dtype):
+def test_nothing_is_read_before_it_is_written(spec, dtype, device):
     def everything() -> list[Tensor]:
         torch.manual_seed(0)
-        layer, found = with_random_bias(StructuredLinear(spec, dtype=dtype)), []
+        layer = with_random_bias(StructuredLinear(spec, dtype=dtype, device=device))
+        found: list[Tensor] = []
         for tokens in (0, 2, 30):
-            x = inputs(spec, tokens, dtype).requires_grad_()
+            x = inputs(spec, tokens, dtype).to(device).requires_grad_()
             with torch.no_grad():
                 found.append(layer(x))
             y = layer(x)

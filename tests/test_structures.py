@@ -23,7 +23,15 @@ from blastnn.structures import (
     spec_from_json,
 )
 from blastnn.structures.blast import FEW_TOKENS
-from tests.matrices import describe, example_specs, normal, random_factors, specs_of
+from tests.matrices import (
+    describe,
+    every_device,
+    example_specs,
+    normal,
+    on,
+    random_factors,
+    specs_of,
+)
 from tests.memory import hidden_entries, nothing_by_default, poisoned_memory
 
 SHAPES = [(7, 7), (12, 20), (13, 11), (31, 9), (8, 37)]
@@ -57,22 +65,24 @@ def test_every_registered_structure_is_tested(name):
 
 
 @every_spec
+@every_device
 @pytest.mark.parametrize("tokens", [1, 5, FEW_TOKENS, FEW_TOKENS + 1, MANY_TOKENS])
-def test_matmul_is_the_dense_product(spec, tokens):
-    x = normal(tokens, spec.in_features)
-    assert_product(spec, x, random_factors(spec))
+def test_matmul_is_the_dense_product(spec, tokens, device):
+    x = normal(tokens, spec.in_features).to(device)
+    assert_product(spec, x, on(device, random_factors(spec)))
 
 
 @every_structure
+@every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("tokens", [8, 64])
-def test_matmul_is_as_accurate_as_the_dense_product(name, dtype, tokens):
+def test_matmul_is_as_accurate_as_the_dense_product(name, dtype, tokens, device):
     # Summed over shapes and draws: which order of summation is luckier differs for each of them.
     squared_error = squared_dense_error = 0.0
     specs = [spec for spec in example_specs(SHAPES) if spec.name == name]
     for seed, spec in enumerate(specs * 2):
-        x = normal(tokens, spec.in_features, seed=seed, dtype=dtype)
-        factors = random_factors(spec, seed=100 + 10 * seed, dtype=dtype)
+        x = normal(tokens, spec.in_features, seed=seed, dtype=dtype).to(device)
+        factors = on(device, random_factors(spec, seed=100 + 10 * seed, dtype=dtype))
         exact = dense_product(spec, x.double(), cast_factors(factors, torch.float64))
         actual = spec.matmul(x, factors)
         assert actual.dtype == dtype
@@ -136,10 +146,11 @@ def test_matmul_leaves_its_arguments_alone(spec):
 
 
 @few_specs
+@every_device
 @pytest.mark.parametrize("tokens", [2, MANY_TOKENS])
-def test_gradients_of_matmul(spec, tokens):
-    x = normal(tokens, spec.in_features).requires_grad_()
-    factors = random_factors(spec)
+def test_gradients_of_matmul(spec, tokens, device):
+    x = normal(tokens, spec.in_features).to(device).requires_grad_()
+    factors = on(device, random_factors(spec))
     names = list(spec.factor_shapes())
     values = [factors[name].requires_grad_() for name in names]
 
@@ -212,9 +223,10 @@ def test_budget_is_kept_and_used(name, data):
 
 
 @few_specs
+@every_device
 @pytest.mark.parametrize("exponent", [-9, -1, 0, 1, 2, 7])
-def test_scaled_factors_scale_the_matrix(spec, exponent):
-    factors = random_factors(spec)
+def test_scaled_factors_scale_the_matrix(spec, exponent, device):
+    factors = on(device, random_factors(spec))
     scaled = spec.scaled(factors, exponent)
     spec.check(scaled)
     assert torch.equal(spec.to_dense(scaled), spec.to_dense(factors) * 2.0**exponent)
@@ -234,10 +246,14 @@ def test_budget_refuses_a_bad_step(name, step):
 
 
 @few_specs
+@every_device
 @every_dtype
-def test_init_is_seeded_and_typed(spec, dtype):
-    once, again, other = (spec.init(seed=seed, dtype=dtype) for seed in (3, 3, 4))
+def test_init_is_seeded_and_typed(spec, dtype, device):
+    once, again, other = (spec.init(seed=seed, dtype=dtype, device=device) for seed in (3, 3, 4))
     assert all(once[key].dtype == dtype for key in spec.factor_shapes())
+    assert {f.device.type for f in once.values()} == {device}
+    # The numbers are the seed's on every device.
+    assert all(torch.equal(f.cpu(), spec.init(seed=3, dtype=dtype)[key]) for key, f in once.items())
     assert all(torch.equal(f, again[key]) for key, f in once.items())
     assert not all(torch.equal(f, other[key]) for key, f in once.items())
 
