@@ -133,6 +133,10 @@ def test_initialisation_follows_the_generator_of_torch(spec):
     assert torch.equal(once.to_dense(), again.to_dense())
     assert not torch.equal(once.to_dense(), other.to_dense())
     assert not once.bias.any()
+    torch.manual_seed(0)
+    with nothing_by_default():
+        elsewhere = StructuredLinear(spec, device="cpu")
+    assert torch.equal(once.to_dense(), elsewhere.to_dense())
 
 
 @every_spec
