@@ -490,6 +490,19 @@ def test_a_singular_second_moment_is_taken(solver, structure, rank_of_inputs):
 
 
 @data_aware_pair
+def test_tiny_and_huge_features_side_by_side(solver, structure):
+    weight, spec = normal(24, 20, dtype=torch.float32), small_spec(structure, 24, 20)
+    sizes = torch.ones(20, dtype=torch.float64)
+    sizes[::2], sizes[1::4] = 1e-15, 1e15
+    moment = sizes[:, None] * moment_of(20, 100) * sizes
+    result = quick(weight, spec, moment, solver=solver)
+    assert all(f.isfinite().all() for f in result.factors.values())
+    expected = independent_error(weight, spec, result.factors, moment)
+    assert result.relative_error == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    assert result.relative_error < 1
+
+
+@data_aware_pair
 def test_features_without_input_are_taken(solver, structure):
     weight, spec = normal(24, 20, dtype=torch.float32), small_spec(structure, 24, 20)
     moment = moment_of(20, 100)
