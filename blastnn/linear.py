@@ -90,7 +90,7 @@ class StructuredLinear(nn.Module):
         """The structure's own initialisation, seeded from torch's generator; a zero bias."""
         if getattr(self, self._names[0]).is_meta:
             return
-        seed = int(torch.randint(2**31, ()).item())
+        seed = int(torch.randint(2**31, (), device="cpu").item())
         values = self.spec.init(seed=seed)
         if self.quantization is not None:
             values = quantize_factors(self.spec, values, self.quantization)

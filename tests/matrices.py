@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.structures import STRUCTURES, Structure, cast_factors
+from blastnn.structures import STRUCTURES, Factors, Structure, cast_factors
+
+# Conformance tests over these check a GPU, where there is one, without further code. They were
+# written on a machine without; there, tests/memory.py stands in for it (nothing_by_default).
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def on(device: str, factors: Factors) -> dict[str, Tensor]:
+    """The factors on a device."""
+    return {name: factor.to(device) for name, factor in factors.items()}
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -65,14 +76,33 @@ def random_factors(
     return factors
 
 
+def is_full(spec: Structure) -> bool:
+    """Whether the matrices of a spec fill the space: every entry moves by itself.
+
+    Told by the rank of the dense matrix's derivative at random factors.
+    """
+    factors, size = random_factors(spec), spec.out_features * spec.in_features
+    if spec.num_params < size:
+        return False
+    names = list(spec.factor_shapes())
+
+    def dense(*values: Tensor) -> Tensor:
+        return spec.to_dense({**factors, **dict(zip(names, values, strict=True))})
+
+    slopes = torch.autograd.functional.jacobian(dense, tuple(factors[name] for name in names))
+    return (
+        int(torch.linalg.matrix_rank(torch.cat([s.reshape(size, -1) for s in slopes], 1))) == size
+    )
+
+
 def independent_error(
     weight: Tensor, spec: Structure, factors: dict[str, Tensor], moment: Tensor | None = None
 ) -> float:
     """The relative error by numpy, through a symmetric square root instead of a trace."""
-    exact = weight.double().numpy()
-    residual = exact - spec.to_dense(cast_factors(factors, torch.float64)).numpy()
+    exact = weight.double().cpu().numpy()
+    residual = exact - spec.to_dense(cast_factors(factors, torch.float64)).cpu().numpy()
     if moment is not None:
-        values, vectors = np.linalg.eigh(moment.double().numpy())
+        values, vectors = np.linalg.eigh(moment.double().cpu().numpy())
         root = vectors * np.sqrt(np.clip(values, 0, None))
         exact, residual = exact @ root, residual @ root
     return float(np.linalg.norm(residual) / np.linalg.norm(exact))

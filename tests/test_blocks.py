@@ -25,7 +25,6 @@ from blastnn.structures import (
     Sum,
     spec_from_json,
 )
-from blastnn.structures.blast import FEW_TOKENS
 from blastnn.structures.convert import (
     CONVERSIONS,
     blast_to_blr2,
@@ -237,50 +236,6 @@ def test_rows_are_split_and_joined_again(kind, m, b1):
     assert rows.shape == (b1, spec.block_shape[0], 3)
     assert torch.equal(spec.join_rows(rows), matrix)
     assert int((rows == 0).all(2).sum()) == spec.padded_shape[0] - m
-
-
-# Padding.
-
-PADDED = [
-    BlockDiagonal(13, 11, blocks=3),
-    BlockDiagonal(9, 9, blocks=7, rank=2),
-    BlockLowRank(13, 11, rank=2, blocks=(2, 3)),
-    BlockLowRank(9, 9, rank=1, blocks=(5, 7)),
-    Monarch(9, 11, rank=2, blocks=(4, 3)),
-    BLR2(9, 11, rank=2, blocks=(5, 4)),
-]
-
-
-def padding_masks(spec: Structure) -> dict[str, Tensor]:
-    """Which rows of ``U`` and ``V`` (entries of ``B``) lie outside the matrix."""
-    (p, q), blocks = spec.block_shape, spec.blocks
-    (b1, b2) = (blocks, blocks) if isinstance(blocks, int) else blocks
-    rows = torch.arange(b1 * p).view(b1, p) >= spec.out_features
-    columns = torch.arange(b2 * q).view(b2, q) >= spec.in_features
-    if isinstance(spec, BlockDiagonal) and spec.rank is None:
-        return {"B": rows[:, :, None] | columns[:, None, :]}
-    if isinstance(spec, Monarch):
-        rows = (torch.arange(b1 * p).view(p, b1) >= spec.out_features).T
-    if isinstance(spec, BlockLowRank):
-        rows, columns = rows[:, None].expand(b1, b2, p), columns[None].expand(b1, b2, q)
-    return {"U": rows, "V": columns}
-
-
-@pytest.mark.parametrize("spec", PADDED, ids=describe)
-@pytest.mark.parametrize("tokens", [1, FEW_TOKENS + 7])
-def test_padding_never_shows_and_gets_no_gradient(spec, tokens):
-    clean = random_factors(spec)
-    poisoned = {key: f.clone() for key, f in clean.items()}
-    masks = padding_masks(spec)
-    assert any(mask.any() for mask in masks.values())
-    for key, mask in masks.items():
-        poisoned[key][mask] = -1e300
-    x = normal(tokens, spec.in_features)
-    assert torch.equal(spec.to_dense(poisoned), spec.to_dense(clean))
-    assert torch.equal(spec.matmul(x, poisoned), spec.matmul(x, clean))
-    trained = {key: f.requires_grad_() for key, f in clean.items()}
-    spec.matmul(x, trained).square().sum().backward()
-    assert not any(trained[key].grad[mask].any() for key, mask in masks.items())
 
 
 # Block-diagonal: counts and budgets.

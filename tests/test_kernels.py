@@ -33,6 +33,7 @@ from blastnn.structures import (
     Structure,
     cast_factors,
 )
+from tests.memory import poisoned_memory
 
 SPECS = [
     Blast(13, 11, rank=5, blocks=(3, 2)),
@@ -141,14 +142,28 @@ def test_bits_depend_on_neither_threads_nor_calls(kernel, dtype):
 
 
 @every_kernel
-def test_no_output_is_left_over_from_older_memory(kernel):
-    spec = SPECS[2]
-    factors, x = fresh(spec, torch.float32), torch.randn(40, spec.in_features)
-    expected = spec.matmul(x, factors)
-    for _ in range(5):
-        poison = [torch.full((40, spec.out_features), torch.nan) for _ in range(8)]
-        del poison
-        torch.testing.assert_close(kernel.matmul(spec, x, factors), expected, rtol=1e-4, atol=1e-4)
+@every_spec
+@every_dtype
+def test_no_output_is_left_over_from_older_memory(kernel, spec, dtype):
+    assert serves(kernel, spec, dtype)
+    for tokens in TOKENS:
+        factors, x = fresh(spec, dtype), torch.randn(tokens, spec.in_features).to(dtype)
+        expected = kernel.matmul(spec, x, factors)
+        with poisoned_memory():
+            assert torch.equal(kernel.matmul(spec, x, factors), expected), tokens
+
+
+def test_compiled_operators_get_poisoned_memory_too():
+    """What the test above rests on: the output is filled before it is computed."""
+    assert serves(native, SPECS[0], torch.float32)
+    factors, x = fresh(SPECS[0], torch.float32), torch.randn(3, SPECS[0].in_features)
+    with torch.profiler.profile() as profile, poisoned_memory():
+        y = torch.ops.blastnn.blast_forward(x, factors["U"], factors["S"], factors["V"], 13)
+    names = [event.name for event in profile.events()]
+    assert y.isfinite().all()
+    assert "blastnn::blast_forward" in names
+    inside = names[names.index("blastnn::blast_forward") :]
+    assert "aten::empty" in inside and "aten::fill_" in inside
 
 
 @every_spec

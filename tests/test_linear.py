@@ -13,9 +13,13 @@ from blastnn.errors import FactorizationError, StructureError
 from blastnn.factorize import factorize
 from blastnn.linear import StructuredLinear
 from blastnn.structures import STRUCTURES, Structure
+from tests.matrices import describe, every_device, example_specs
+from tests.memory import nothing_by_default, poisoned_memory
 
 SPECS = [structure.for_budget(22, 26, 22 * 26 // 2) for structure in STRUCTURES.values()]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
+EXAMPLES = example_specs([(22, 26)], (0.5,))
+every_example = pytest.mark.parametrize("spec", EXAMPLES, ids=describe)
 with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 
 
@@ -43,25 +47,63 @@ def test_parameters_are_named_as_the_factors(spec, bias):
 
 
 @every_spec
+@every_device
 @with_and_without_bias
 @pytest.mark.parametrize("tokens", [2, 30])
-def test_forward_is_that_of_the_dense_layer(spec, bias, tokens):
-    layer = with_random_bias(StructuredLinear(spec, bias=bias))
-    x = inputs(spec, tokens)
+def test_forward_is_that_of_the_dense_layer(spec, bias, tokens, device):
+    layer = with_random_bias(StructuredLinear(spec, bias=bias, device=device))
+    x = inputs(spec, tokens).to(device)
     expected = nn.functional.linear(x, layer.to_dense(), layer.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @every_spec
+@every_device
 @pytest.mark.parametrize("tokens", [2, 30])
-def test_gradients_reach_the_input_and_every_parameter(spec, tokens):
-    layer = with_random_bias(StructuredLinear(spec))
-    x = inputs(spec, tokens).requires_grad_()
+def test_gradients_reach_the_input_and_every_parameter(spec, tokens, device):
+    layer = with_random_bias(StructuredLinear(spec, device=device))
+    x = inputs(spec, tokens).to(device).requires_grad_()
     layer(x).square().sum().backward()
     for name, value in [("input", x), *layer.named_parameters()]:
         assert value.grad is not None, name
         assert value.grad.isfinite().all(), name
         assert (value.grad.abs().max() > 0) == (name not in spec.step_factors()), name
+
+
+@every_example
+@every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_nothing_is_read_before_it_is_written(spec, dtype, device):
+    def everything() -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = with_random_bias(StructuredLinear(spec, dtype=dtype, device=device))
+        found: list[Tensor] = []
+        for tokens in (0, 2, 30):
+            x = inputs(spec, tokens, dtype).to(device).requires_grad_()
+            with torch.no_grad():
+                found.append(layer(x))
+            y = layer(x)
+            trained = [x, *layer.parameters()]
+            found += [y, *torch.autograd.grad(y.square().sum(), trained, materialize_grads=True)]
+        return found
+
+    expected = everything()
+    with poisoned_memory():
+        actual = everything()
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@every_example
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_every_tensor_is_made_on_the_device_of_the_layer(spec, dtype):
+    layer, x = StructuredLinear(spec, dtype=dtype), inputs(spec, 30, dtype).requires_grad_()
+    trained = [x, *layer.parameters()]
+    ones = torch.ones(2, 30, spec.out_features, dtype=dtype)
+    expected = [layer(x[:, :2]), *torch.autograd.grad(layer(x), trained, ones)]
+    with nothing_by_default():
+        actual = [layer(x[:, :2]), *torch.autograd.grad(layer(x), trained, ones)]
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 @every_spec
@@ -91,6 +133,10 @@ def test_initialisation_follows_the_generator_of_torch(spec):
     assert torch.equal(once.to_dense(), again.to_dense())
     assert not torch.equal(once.to_dense(), other.to_dense())
     assert not once.bias.any()
+    torch.manual_seed(0)
+    with nothing_by_default():
+        elsewhere = StructuredLinear(spec, device="cpu")
+    assert torch.equal(once.to_dense(), elsewhere.to_dense())
 
 
 @every_spec
@@ -126,13 +172,25 @@ def test_state_dict_round_trip(spec, bias):
     assert torch.equal(empty(inputs(spec)), layer(inputs(spec)))
 
 
-@every_spec
-def test_compiles_without_a_graph_break(spec):
+@every_example
+@pytest.mark.parametrize("tokens", [5, 21], ids=["few", "many"])
+def test_compiles_without_a_graph_break(spec, tokens):
+    """Few tokens take another way in some structures; gradients go through either."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    layer, x = StructuredLinear(spec), torch.randn(21, spec.in_features)
+    layer, x = StructuredLinear(spec), torch.randn(tokens, spec.in_features, requires_grad=True)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x))
+    expected, y = layer(x), compiled(x)
+    torch.testing.assert_close(y, expected)
+    trained = [x, *layer.parameters()]
+    for one, other in zip(
+        torch.autograd.grad(y.square().sum(), trained),
+        torch.autograd.grad(expected.square().sum(), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 @every_spec

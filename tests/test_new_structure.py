@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from blastnn.errors import StructureError
-from blastnn.structures.base import Structure, seeded_normal
+from blastnn.structures.base import Structure, require_budget, seeded_normal
 from blastnn.structures.registry import register
 
 
@@ -36,6 +37,10 @@ class Circulant(Structure):
 
     def factor_shapes(self):
         return {"c": (self.size,)}
+
+    @property
+    def num_multiplications(self):
+        return self.out_features * self.in_features
 
     def to_dense(self, factors):
         c = factors["c"]
@@ -55,14 +60,19 @@ class Circulant(Structure):
 
     @classmethod
     def for_budget(cls, out_features, in_features, params, *, step=1, **options):
+        require_budget(params, step)
         spec = cls(out_features, in_features)
-        if step < 1 or not isinstance(step, int) or isinstance(step, bool):
-            raise StructureError(f"step must be a whole number of at least 1, but is {step!r}")
         if spec.num_params > params:
             raise StructureError(f"{spec} needs {spec.num_params} numbers, more than {params}")
         return spec
 '''
 LINE = "from blastnn.structures.circulant import Circulant as Circulant\n"
+
+# Each goes over every registered structure.
+CONFORMANCE = (
+    *("structures", "linear", "factorize", "plan", "kernels", "quantize", "quantized_models"),
+    *("export", "end_to_end"),
+)
 
 USE = """
 from pathlib import Path
@@ -101,15 +111,15 @@ def test_command(capsys):
 def test_one_file_and_one_line_add_a_structure(tmp_path):
     for folder in ("blastnn", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for file in ("pyproject.toml", "LICENSE"):  # the licence is the text of made-up calibrations
+        shutil.copy(ROOT / file, tmp_path)
     (tmp_path / "blastnn/structures/circulant.py").write_text(CIRCULANT)
-    with (tmp_path / "blastnn/structures/__init__.py").open("a") as file:
-        file.write(LINE)
-
+    with (tmp_path / "blastnn/structures/__init__.py").open("a") as registry:
+        registry.write(LINE)
     (tmp_path / "tests/test_circulant.py").write_text(USE)
     # The conformance suites find it by themselves.
-    suites = ("tests/test_structures.py", "tests/test_linear.py", "tests/test_circulant.py")
-    options = ["-q", "-x", "-k", "circulant", "-p", "no:cacheprovider"]
+    suites = [f"tests/test_{name}.py" for name in ("circulant", *CONFORMANCE)]
+    options = ["-q", "-x", "-rA", "-k", "circulant", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *suites],
         cwd=tmp_path,
@@ -118,5 +128,7 @@ def test_one_file_and_one_line_add_a_structure(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) > 100, done.stdout
+    passed = Counter(re.findall(r"^PASSED (\S+?)::", done.stdout, re.MULTILINE))
+    assert set(passed) == set(suites)
+    assert passed.total() > 200
+    assert "skipped" not in done.stdout

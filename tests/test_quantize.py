@@ -27,7 +27,8 @@ from blastnn.quantization import (
 )
 from blastnn.structures import STRUCTURES, Blast, LowRank, Structure
 
-SPECS = [structure.for_budget(22, 27, 22 * 27 // 2) for structure in STRUCTURES.values()]
+EVERY = [structure.for_budget(22, 27, 22 * 27 // 2) for structure in STRUCTURES.values()]
+SPECS = [spec for spec in EVERY if spec.large_factors()]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 both = pytest.mark.parametrize("name", sorted(QUANTIZATIONS))
 
@@ -122,6 +123,16 @@ def test_forward_is_that_of_the_dense_matrix(spec, name):
     limit = {"int8": 0.02, "int4": 0.3}[name]
     error = (small.to_dense() - layer.to_dense()).norm() / layer.to_dense().norm()
     assert 0 < float(error.detach()) < limit
+
+
+@pytest.mark.parametrize("spec", EVERY, ids=[spec.name for spec in EVERY])
+def test_a_structure_of_vectors_alone_is_refused(spec):
+    layer = StructuredLinear(spec)
+    if spec.large_factors():
+        assert layer.quantized("int8").quantization == QUANTIZATIONS["int8"]
+        return
+    with pytest.raises(StructureError, match=f"{type(spec).__name__}.*no factor.*large enough"):
+        layer.quantized("int8")
 
 
 @every_spec

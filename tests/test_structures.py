@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from blastnn.errors import StructureError
 from blastnn.structures import (
@@ -22,7 +23,16 @@ from blastnn.structures import (
     spec_from_json,
 )
 from blastnn.structures.blast import FEW_TOKENS
-from tests.matrices import describe, example_specs, normal, random_factors, specs_of
+from tests.matrices import (
+    describe,
+    every_device,
+    example_specs,
+    normal,
+    on,
+    random_factors,
+    specs_of,
+)
+from tests.memory import hidden_entries, nothing_by_default, poisoned_memory
 
 SHAPES = [(7, 7), (12, 20), (13, 11), (31, 9), (8, 37)]
 MANY_TOKENS = FEW_TOKENS + 7
@@ -31,20 +41,6 @@ MANY_TOKENS = FEW_TOKENS + 7
 every_spec = pytest.mark.parametrize("spec", example_specs(SHAPES), ids=describe)
 few_specs = pytest.mark.parametrize("spec", example_specs([(13, 11)]), ids=describe)
 every_structure = pytest.mark.parametrize("name", sorted(STRUCTURES))
-# Those that come with blastnn; the check is a courtesy, and no law for new ones.
-OWN = [
-    "blast",
-    "blockdiag",
-    "blr",
-    "blr2",
-    "channels",
-    "gblr",
-    "lowrank",
-    "monarch",
-    "pixelfly",
-    "sparse_lowrank",
-    "sum",
-]
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"]
 )
@@ -69,22 +65,24 @@ def test_every_registered_structure_is_tested(name):
 
 
 @every_spec
+@every_device
 @pytest.mark.parametrize("tokens", [1, 5, FEW_TOKENS, FEW_TOKENS + 1, MANY_TOKENS])
-def test_matmul_is_the_dense_product(spec, tokens):
-    x = normal(tokens, spec.in_features)
-    assert_product(spec, x, random_factors(spec))
+def test_matmul_is_the_dense_product(spec, tokens, device):
+    x = normal(tokens, spec.in_features).to(device)
+    assert_product(spec, x, on(device, random_factors(spec)))
 
 
 @every_structure
+@every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("tokens", [8, 64])
-def test_matmul_is_as_accurate_as_the_dense_product(name, dtype, tokens):
+def test_matmul_is_as_accurate_as_the_dense_product(name, dtype, tokens, device):
     # Summed over shapes and draws: which order of summation is luckier differs for each of them.
     squared_error = squared_dense_error = 0.0
     specs = [spec for spec in example_specs(SHAPES) if spec.name == name]
     for seed, spec in enumerate(specs * 2):
-        x = normal(tokens, spec.in_features, seed=seed, dtype=dtype)
-        factors = random_factors(spec, seed=100 + 10 * seed, dtype=dtype)
+        x = normal(tokens, spec.in_features, seed=seed, dtype=dtype).to(device)
+        factors = on(device, random_factors(spec, seed=100 + 10 * seed, dtype=dtype))
         exact = dense_product(spec, x.double(), cast_factors(factors, torch.float64))
         actual = spec.matmul(x, factors)
         assert actual.dtype == dtype
@@ -148,10 +146,11 @@ def test_matmul_leaves_its_arguments_alone(spec):
 
 
 @few_specs
+@every_device
 @pytest.mark.parametrize("tokens", [2, MANY_TOKENS])
-def test_gradients_of_matmul(spec, tokens):
-    x = normal(tokens, spec.in_features).requires_grad_()
-    factors = random_factors(spec)
+def test_gradients_of_matmul(spec, tokens, device):
+    x = normal(tokens, spec.in_features).to(device).requires_grad_()
+    factors = on(device, random_factors(spec))
     names = list(spec.factor_shapes())
     values = [factors[name].requires_grad_() for name in names]
 
@@ -180,8 +179,16 @@ def test_num_params_counts_the_factors(spec):
     assert all(factors[key].is_floating_point() for key in spec.factor_shapes())
     assert all(factors[key].dtype == torch.int64 for key in spec.index_shapes())
     assert spec.num_params == sum(factors[key].numel() for key in spec.factor_shapes())
-    assert spec.num_multiplications > 0
     assert spec.to_dense(factors).shape == (spec.out_features, spec.in_features)
+
+
+@every_spec
+def test_num_multiplications_counts_the_product_of_many_tokens(spec):
+    """Few tokens may multiply element by element, which torch's counter does not see."""
+    x, factors = normal(40, spec.in_features), random_factors(spec)
+    with FlopCounterMode(display=False) as counter:
+        spec.matmul(x, factors)
+    assert counter.get_total_flops() == 2 * 40 * spec.num_multiplications
 
 
 @every_spec
@@ -216,9 +223,10 @@ def test_budget_is_kept_and_used(name, data):
 
 
 @few_specs
+@every_device
 @pytest.mark.parametrize("exponent", [-9, -1, 0, 1, 2, 7])
-def test_scaled_factors_scale_the_matrix(spec, exponent):
-    factors = random_factors(spec)
+def test_scaled_factors_scale_the_matrix(spec, exponent, device):
+    factors = on(device, random_factors(spec))
     scaled = spec.scaled(factors, exponent)
     spec.check(scaled)
     assert torch.equal(spec.to_dense(scaled), spec.to_dense(factors) * 2.0**exponent)
@@ -238,10 +246,14 @@ def test_budget_refuses_a_bad_step(name, step):
 
 
 @few_specs
+@every_device
 @every_dtype
-def test_init_is_seeded_and_typed(spec, dtype):
-    once, again, other = (spec.init(seed=seed, dtype=dtype) for seed in (3, 3, 4))
+def test_init_is_seeded_and_typed(spec, dtype, device):
+    once, again, other = (spec.init(seed=seed, dtype=dtype, device=device) for seed in (3, 3, 4))
     assert all(once[key].dtype == dtype for key in spec.factor_shapes())
+    assert {f.device.type for f in once.values()} == {device}
+    # The numbers are the seed's on every device.
+    assert all(torch.equal(f.cpu(), spec.init(seed=3, dtype=dtype)[key]) for key, f in once.items())
     assert all(torch.equal(f, again[key]) for key, f in once.items())
     assert not all(torch.equal(f, other[key]) for key, f in once.items())
 
@@ -254,7 +266,7 @@ def test_init_ignores_the_global_generator(spec):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", OWN)
+@every_structure
 @pytest.mark.parametrize("params", [math.nan, math.inf, "1000", None, True])
 def test_a_budget_that_is_no_number_is_refused(name: str, params: object) -> None:
     with pytest.raises(StructureError, match="params must be a number of parameters, but is"):
@@ -345,6 +357,82 @@ def test_json_that_describes_no_matrix_is_refused(values):
         spec_from_json(values)
 
 
+# Memory.
+
+
+@every_spec
+def test_nothing_is_read_before_it_is_written(spec):
+    def everything() -> list[Tensor]:
+        factors = {
+            key: f.requires_grad_(f.is_floating_point()) for key, f in random_factors(spec).items()
+        }
+        found = [*spec.init(seed=2).values(), spec.to_dense(factors)]
+        for tokens in (0, 3, MANY_TOKENS):
+            x = normal(tokens, spec.in_features).requires_grad_()
+            trained = [x, *(factors[key] for key in spec.factor_shapes())]
+            y = spec.matmul(x, factors)
+            found += [y, *torch.autograd.grad(y.square().sum(), trained, materialize_grads=True)]
+        return found
+
+    expected = everything()
+    with poisoned_memory():
+        actual = everything()
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@few_specs
+def test_every_tensor_is_made_on_the_device_of_the_factors(spec):
+    x, factors = normal(MANY_TOKENS, spec.in_features), random_factors(spec)
+
+    def everything() -> list[Tensor]:
+        products = [spec.matmul(x[:tokens], factors) for tokens in (3, MANY_TOKENS)]
+        zeros = spec.zeros(dtype=torch.float32, device="cpu")
+        return [*products, spec.to_dense(factors), *spec.init(seed=2).values(), *zeros.values()]
+
+    expected = everything()
+    with nothing_by_default():
+        actual = everything()
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+@every_structure
+@pytest.mark.parametrize("tokens", [3, MANY_TOKENS])
+def test_what_lies_outside_the_matrix_never_shows_and_gets_no_gradient(name, tokens):
+    for spec in example_specs(SHAPES):
+        if spec.name != name:
+            continue
+        clean, x = random_factors(spec), normal(tokens, spec.in_features)
+        hidden = hidden_entries(spec, clean)
+        for poison in (1e30, -1e300):
+            poisoned = {
+                key: f.masked_fill(hidden[key], poison) if key in hidden else f
+                for key, f in clean.items()
+            }
+            assert torch.equal(spec.to_dense(poisoned), spec.to_dense(clean)), spec
+            assert torch.equal(spec.matmul(x, poisoned), spec.matmul(x, clean)), spec
+        trained = {key: clean[key].requires_grad_() for key in hidden}
+        spec.matmul(x, {**clean, **trained}).square().sum().backward()
+        assert not any(f.grad[hidden[key]].any() for key, f in trained.items()), spec
+
+
+# 9 rows in 5 blocks of 2 leave half a block over; 9 rows in 7 blocks of 2 leave whole blocks over.
+@pytest.mark.parametrize("blocks", [(5, 4), (7, 7)])
+def test_what_lies_outside_the_matrix_is_found(blocks):
+    spec = Blast(9, 11, rank=3, blocks=blocks)
+    (b1, b2), (p, q) = spec.blocks, spec.block_shape
+    outside = {
+        "U": torch.arange(b1 * p).view(b1, p, 1) >= 9,
+        "V": torch.arange(b2 * q).view(b2, q, 1) >= 11,
+        "S": torch.tensor([i * p >= 9 or j * q >= 11 for i in range(b1) for j in range(b2)]),
+    }
+    outside["S"] = outside["S"].view(b1, b2, 1)
+    hidden = hidden_entries(spec, random_factors(spec))
+    assert outside["U"].any() and outside["V"].any()
+    for key, mask in outside.items():
+        assert torch.equal(hidden[key], mask.expand_as(hidden[key])), key
+
+
 # What is particular to BLAST.
 
 
@@ -416,44 +504,3 @@ def test_block_diagonal_is_blast_with_identity_couplings(tokens):
     torch.testing.assert_close(blast.to_dense(factors), expected)
     x = normal(tokens, 20)
     torch.testing.assert_close(blast.matmul(x, factors), x @ expected.T)
-
-
-# 9 rows in 5 blocks of 2 leave half a block over; 9 rows in 7 blocks of 2 leave whole blocks over.
-PADDED_SPECS = [
-    Blast(13, 11, rank=3, blocks=(2, 3)),
-    Blast(9, 11, rank=3, blocks=(5, 4)),
-    Blast(9, 9, rank=2, blocks=(7, 7)),
-]
-padded_specs = pytest.mark.parametrize("spec", PADDED_SPECS, ids=describe)
-
-
-def padding_masks(spec: Blast) -> dict[str, Tensor]:
-    (b1, b2), (p, q) = spec.blocks, spec.block_shape
-    return {
-        "U": torch.arange(b1 * p).view(b1, p) >= spec.out_features,
-        "V": torch.arange(b2 * q).view(b2, q) >= spec.in_features,
-    }
-
-
-@padded_specs
-@pytest.mark.parametrize("tokens", [3, MANY_TOKENS])
-@pytest.mark.parametrize("poison", [1e30, -1e300])
-def test_padding_never_shows(spec, tokens, poison):
-    clean = random_factors(spec)
-    poisoned = {key: f.clone() for key, f in clean.items()}
-    for key, mask in padding_masks(spec).items():
-        assert mask.any()
-        poisoned[key][mask] = poison
-    x = normal(tokens, spec.in_features)
-    assert torch.equal(spec.matmul(x, poisoned), spec.matmul(x, clean))
-    assert torch.equal(spec.to_dense(poisoned), spec.to_dense(clean))
-
-
-@padded_specs
-@pytest.mark.parametrize("tokens", [3, MANY_TOKENS])
-def test_padding_gets_no_gradient(spec, tokens):
-    factors = {key: f.requires_grad_() for key, f in random_factors(spec).items()}
-    spec.matmul(normal(tokens, spec.in_features), factors).square().sum().backward()
-    for key, mask in padding_masks(spec).items():
-        assert factors[key].grad[mask].abs().max() == 0
-        assert factors[key].grad[~mask].abs().min() > 0

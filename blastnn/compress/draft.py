@@ -107,7 +107,9 @@ def draft_job(
     if plan_file is not None:
         plan = plan_from_file(plan, plan_file, walker.head)
     dtype, given = _output_dtype(folder, options), plan_file is not None
-    return Draft(folder, options, walker, plan, dtype, given)
+    draft = Draft(folder, options, walker, plan, dtype, given)
+    draft.output_bytes()  # refuses a structure that cannot be stored as asked for
+    return draft
 
 
 def _output_dtype(folder: ModelFolder, options: Options) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Dense matrix (and the statistics of its inputs) in, factors out.
 
-A solver is a module with ``STRUCTURES``, the spec types it fits; ``USES_SECOND_MOMENT``; and
+A solver is a module with ``STRUCTURES``, the spec types it fits; ``USES_SECOND_MOMENT``; ``WHY``,
+what is to be said for it, in words that follow its name; and
 ``solve(problem, spec, seed, **options) -> Solution``; ``solve_many(problems, ...)`` if it can work
 on several at once. A new one is one file here and one line in ``SOLVERS``, whose order is the whole
 of what ``solver="auto"`` knows: the first that fits.
@@ -81,12 +82,13 @@ def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = Fal
 
 
 def explain_solver(structure: Structure | type[Structure]) -> str:
-    """What ``solver="auto"`` runs for a structure, what it passes over, and why; one sentence."""
+    """What ``solver="auto"`` runs for a structure, what it passes over, and why."""
     kind = structure if isinstance(structure, type) else type(structure)
     chosen, *others = _fitting(kind)
     moment = "uses" if SOLVERS[chosen].USES_SECOND_MOMENT else "cannot use"
-    rest = f", before {', '.join(others)}" if others else ""
-    return f"{chosen}, the first of the solvers that fit {kind.name}{rest}; it {moment} data"
+    rest = "; ".join(f"{other} {SOLVERS[other].WHY}" for other in others)
+    first = f"{chosen} {SOLVERS[chosen].WHY}; it {moment} data"
+    return f"{first}. Passed over: {rest}" if rest else first
 
 
 def factorize(

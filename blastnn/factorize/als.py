@@ -8,7 +8,8 @@ the error would rise, momentum is dropped for one sweep, and if it still rises, 
 and ridge too. The last sweep goes no further than the solutions. No result is worse than the start.
 
 The start is a (whitened) low-rank factorisation, of larger matrices by randomised range finding,
-cut into blocks, with ``S = 1 + noise``: with equal couplings the blocks would move as one.
+cut into blocks, with ``S = 1 + noise``: with equal couplings the blocks would move as one. With one
+row or column of blocks, BLAST is low rank, and the (whitened) SVD is the answer.
 
 Several problems of one spec and dtype are solved in one call, each with its own momentum; their
 arithmetic is batched, which a GPU needs to be busy. Nothing here has run on a GPU yet.
@@ -37,6 +38,7 @@ from blastnn.structures import Blast, Structure
 
 STRUCTURES = (Blast,)
 USES_SECOND_MOMENT = True
+WHY = "reaches a lower error on average than the paper's Algorithm 2 in a third of its steps"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ def solve_many(
     normal_equations.load(problems[0].compute_dtype, problems[0].weight.device.type)
     clock = time.perf_counter()
     if spec.rank >= min(spec.out_features, spec.in_features):
-        return [_exact(problem, spec, clock) for problem in problems]
+        return [_low_rank(problem, spec, clock, "exact: full rank") for problem in problems]
+    if 1 in spec.blocks:
+        status = "optimal: one row or column of blocks is a low-rank matrix"
+        return [_low_rank(problem, spec, clock, status) for problem in problems]
     schedule = Schedule(sweeps=sweeps)
     weighted = problems[0].moment is not None
     sweeper: Sweeper = (WeightedSweep if weighted else FreeSweep)(problems, spec)
@@ -232,13 +237,15 @@ class _Run:
         ]
 
 
-def _exact(problem: Problem, spec: Blast, clock: float) -> Solution:
-    """The rank alone represents the matrix: low rank with ``S = 1`` is exact."""
+def _low_rank(problem: Problem, spec: Blast, clock: float, status: str) -> Solution:
+    """Low rank with ``S = 1``, where nothing is better: ``V_j`` or ``U_i`` may hold the couplings
+    of a single row or column of blocks, so that what is left to choose is a matrix of rank ``r``.
+    """
     P, Q, squared = whitened_svd(problem, spec.rank)
     state = _balanced(_cut(P[None], Q[None], spec).to(problem.compute_dtype))
     error = (squared / problem.energy) ** 0.5
     history = [(time.perf_counter() - clock, error)]
-    return Solution(state.one(0), history, "exact: full rank")
+    return Solution(state.one(0), history, status)
 
 
 def _spectral_start(problems: Sequence[Problem], spec: Blast, seed: int) -> State:
@@ -259,7 +266,7 @@ def _cut(P: Tensor, Q: Tensor, spec: Blast) -> State:
 def _disturbed(state: State, noise: float, seed: int) -> State:
     """``S + noise N(0, 1)``, the same for every problem."""
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(state.S.shape[1:], generator=generator).to(state.S)
+    normal = torch.randn(state.S.shape[1:], generator=generator, device="cpu").to(state.S)
     return State(state.U, state.S + noise * normal, state.V)
 
 

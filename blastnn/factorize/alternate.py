@@ -21,6 +21,7 @@ from blastnn.structures import Structure, Sum, cast_factors
 
 STRUCTURES = (Sum,)
 USES_SECOND_MOMENT = True
+WHY = "gives each part to a solver of its own in turn, and drops what does not lower the error"
 
 ROUNDS = 10
 # A round that lowers the error by less than this share of it is the last.

@@ -35,6 +35,7 @@ from blastnn.structures import BLR2, Structure
 
 STRUCTURES = (BLR2,)
 USES_SECOND_MOMENT = True
+WHY = "solves for bases and couplings exactly in turn, so that the error never rises"
 
 # Directions of H_i C H_i^T weaker than this, relative to the strongest, carry rounding alone.
 RANK_TOLERANCE = 1e-13

@@ -25,15 +25,15 @@ WIDTHS = {"widths_out": "locations_out", "widths_in": "locations_in"}
 
 def full_boxes(spec: GBLR, seed: int, like: Tensor) -> Boxes:
     """Boxes that cover everything, at random locations: where each opens once it is narrowed."""
-    numbers = {name: torch.full((spec.rank,), value) for name, value in FULL_BOXES.items()}
+    numbers = {name: like.new_full((spec.rank,), value) for name, value in FULL_BOXES.items()}
     for stream, name in enumerate(WIDTHS.values()):
-        numbers[name] = torch.rand(spec.rank, generator=generator(seed, stream))
+        numbers[name] = torch.rand(spec.rank, generator=generator(seed, stream), device="cpu")
     return {name: value.to(like) for name, value in numbers.items()}
 
 
 def leading_boxes(spec: GBLR, count: int, like: Tensor) -> Boxes:
     """Full boxes for the first ``count`` components and the smallest possible for the others."""
-    kept = (torch.arange(spec.rank) < count).to(like)
+    kept = (torch.arange(spec.rank, device=like.device) < count).to(like)
     return {name: value * kept for name, value in FULL_BOXES.items()}
 
 

@@ -26,6 +26,7 @@ from blastnn.structures.grid import pad_last
 
 STRUCTURES = (Channels,)
 USES_SECOND_MOMENT = True
+WHY = "keeps the rows or columns that would be missed most, with the best numbers for them"
 
 
 def solve(

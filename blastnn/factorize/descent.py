@@ -130,10 +130,17 @@ def _random_start(
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = spec.factor_shapes()
-    U = epsilon * torch.randn(shapes["U"], generator=generator)
-    V = epsilon * torch.randn(shapes["V"], generator=generator)
-    S = torch.rand(shapes["S"], generator=generator)
+    U = epsilon * torch.randn(shapes["U"], generator=generator, device="cpu")
+    V = epsilon * torch.randn(shapes["V"], generator=generator, device="cpu")
+    S = torch.rand(shapes["S"], generator=generator, device="cpu")
+    U, V = _without_padding(U, spec.out_features), _without_padding(V, spec.in_features)
     return U.to(like), S.to(like), V.to(like)
+
+
+def _without_padding(factor: Tensor, size: int) -> Tensor:
+    """Zeros in the rows ``(b, p)`` beyond ``size``, which stay: they would count as errors."""
+    outside = torch.arange(factor.shape[0] * factor.shape[1], device=factor.device) >= size
+    return factor.masked_fill(outside.view(*factor.shape[:2], 1), 0.0)
 
 
 def _left_normal_equations(target: _Target, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

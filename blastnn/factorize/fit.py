@@ -23,6 +23,7 @@ from blastnn.structures import Structure, cast_factors
 
 STRUCTURES = (Structure,)
 USES_SECOND_MOMENT = True
+WHY = "needs the dense matrix alone, and so fits any structure"
 
 STEPS = 200
 STARTS = ("auto", "init")

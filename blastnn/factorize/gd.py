@@ -30,6 +30,7 @@ from blastnn.structures import Blast, Structure
 
 STRUCTURES = (Blast,)
 USES_SECOND_MOMENT = False
+WHY = "is the plain gradient descent of the paper's Theorem 1, kept for comparison"
 
 STEPS = 300
 

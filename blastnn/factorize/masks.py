@@ -45,6 +45,7 @@ from blastnn.structures import GBLR, Factors, Structure
 
 STRUCTURES = (GBLR,)
 USES_SECOND_MOMENT = True
+WHY = "finds boxes by gradients, and is never worse than an SVD of as many numbers"
 
 STEPS = 300
 SIGMAS = (1.0, 100.0)

@@ -19,6 +19,7 @@ from blastnn.structures import Blast, Structure
 
 STRUCTURES = (Blast,)
 USES_SECOND_MOMENT = False
+WHY = "is the paper's Algorithm 2, kept to the letter as the reference"
 
 STEPS = 300
 DELTA_0 = 0.1

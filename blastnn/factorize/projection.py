@@ -30,6 +30,7 @@ from blastnn.structures.grid import pad_last
 
 STRUCTURES = (BlockDiagonal, BlockLowRank, Monarch)
 USES_SECOND_MOMENT = True
+WHY = "gives each block its SVD, which is optimal, in turn where data couple the blocks"
 
 
 def solve(problem: Problem, spec: Structure, seed: int, sweeps: int = SWEEPS) -> Solution:

@@ -37,6 +37,7 @@ from blastnn.structures.sparse_plus_low_rank import SparsePlusLowRank
 
 STRUCTURES = (SparseLowRank, Pixelfly)
 USES_SECOND_MOMENT = True
+WHY = "solves for blocks and low rank exactly in turn, from two starts"
 
 SWEEPS = 30
 # Stop when a sweep lowers the error by less than this, relatively.

@@ -14,6 +14,7 @@ from blastnn.structures import LowRank, Structure
 
 STRUCTURES = (LowRank,)
 USES_SECOND_MOMENT = True
+WHY = "is optimal, in closed form"
 
 # Up to this smaller side a full decomposition takes a few milliseconds.
 SMALL = 128
@@ -59,7 +60,7 @@ def approximate_low_rank(
     weight = _whitened(problem).to(problem.compute_dtype)
     width = min(rank + oversampling, *weight.shape)
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(weight.shape[1], width, generator=generator).to(weight)
+    probe = torch.randn(weight.shape[1], width, generator=generator, device="cpu").to(weight)
     basis = torch.linalg.qr(weight @ probe).Q
     for _ in range(passes):
         basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.mT @ basis).Q).Q

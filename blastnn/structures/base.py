@@ -10,6 +10,9 @@ conformance suite holds every registered structure to:
 3. ``for_budget(m, n, k).num_params <= k``, and the next ``larger`` spec would exceed ``k``.
 4. ``from_json(to_json()) == self``.
 5. ``to_dense(scaled(f, e)) == 2**e * to_dense(f)``.
+6. ``num_multiplications`` is what ``matmul`` of many tokens does for each.
+7. Entries of factors outside the matrix (padding) may be any finite numbers: neither the product
+   nor the dense matrix shows them, and their gradient is zero.
 
 Most structures have floating-point factors alone. Those whose numbers stand at free places also
 have *index factors*: integer tensors that say where, which are stored and moved with the others but
@@ -130,7 +133,8 @@ class Structure(ABC):
         """The spec of the largest rank, a multiple of ``step``, with at most ``params`` numbers.
 
         Raises:
-            StructureError: not even the smallest rank fits.
+            StructureError: not even the smallest rank fits, or what is given is no budget
+                (``require_budget``).
         """
 
     def larger(self, step: int = 1) -> Self | None:
@@ -238,7 +242,13 @@ def seeded_normal(
     """Standard normal numbers that depend on the seed alone, not on the device or dtype."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
-    return torch.randn(shape, generator=generator(seed, stream)).to(device=device, dtype=dtype)
+    drawn = torch.randn(shape, generator=generator(seed, stream), device="cpu")
+    return drawn.to(device=device, dtype=dtype)
+
+
+def permutation(count: int, seed: int, stream: int) -> Tensor:
+    """``0`` to ``count - 1`` in an order that the seed draws, on the CPU."""
+    return torch.randperm(count, generator=generator(seed, stream), device="cpu")
 
 
 def normal_factors(
@@ -265,5 +275,9 @@ def is_seed(value: object) -> bool:
 
 
 def generator(seed: int, stream: int) -> torch.Generator:
-    """A generator for one factor; neighbouring seeds share no numbers between factors."""
+    """A generator for one factor; neighbouring seeds share no numbers between factors.
+
+    It draws on the CPU, which has to be said wherever it is used: torch's default device may be
+    another one.
+    """
     return torch.Generator().manual_seed(seed * 1_000_003 + stream)

@@ -124,4 +124,5 @@ def _uniform(
     """Uniform numbers on (0, 2) that depend on the seed alone."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
-    return (2 * torch.rand(shape, generator=generator(seed, stream))).to(device=device, dtype=dtype)
+    drawn = 2 * torch.rand(shape, generator=generator(seed, stream), device="cpu")
+    return drawn.to(device=device, dtype=dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blastnn.errors import StructureError
-from blastnn.structures.base import Factors, generator, require_budget, require_positive_int
+from blastnn.structures.base import Factors, permutation, require_budget, require_positive_int
 from blastnn.structures.registry import register
 from blastnn.structures.sparse_plus_low_rank import (
     SparsePlusLowRank,
@@ -85,9 +85,7 @@ class SparseLowRank(SparsePlusLowRank):
     ) -> dict[str, Tensor]:
         """As every sparse plus low-rank matrix, with distinct places drawn from the seed."""
         factors = super().init(seed=seed, dtype=dtype, device=device)
-        drawn = torch.randperm(
-            self.grid[0] * self.grid[1], generator=generator(seed, PLACES_STREAM)
-        )
+        drawn = permutation(self.grid[0] * self.grid[1], seed, PLACES_STREAM)
         return {**factors, "places": drawn[: self.kept].sort().values.to(device)}
 
     @classmethod

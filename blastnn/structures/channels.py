@@ -22,8 +22,8 @@ from blastnn.errors import StructureError
 from blastnn.structures.base import (
     Factors,
     Structure,
-    generator,
     normal_factors,
+    permutation,
     rank_for_budget,
     require_budget,
     require_positive_int,
@@ -114,7 +114,7 @@ class Channels(Structure):
     ) -> dict[str, Tensor]:
         """Normal numbers that give the whole matrix, zeros included, a mean square of ``1/n``."""
         std = (self.groups / self.kept / self.in_features) ** 0.5
-        drawn = torch.randperm(self.groups, generator=generator(seed, PLACES_STREAM))
+        drawn = permutation(self.groups, seed, PLACES_STREAM)
         places = drawn[: self.kept].sort().values.to(device)
         return {**normal_factors(self, std, seed, dtype, device), "places": places}
 

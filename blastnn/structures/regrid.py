@@ -80,10 +80,10 @@ def _owners(size: int, blocks: int, new: int, old: int) -> Tensor:
     place there.
     """
     last = (size - 1) // old
-    starts = torch.arange(0, blocks * new, new)
+    starts = torch.arange(0, blocks * new, new, device="cpu")
     ends = (starts + new - 1).clamp(max=size - 1)
     met = torch.where(starts < size, ends // old - starts // old + 1, 1)
-    steps = torch.arange(int(met.max()))
+    steps = torch.arange(int(met.max()), device="cpu")
     return (starts[:, None] // old + steps).clamp(max=last)
 
 
