@@ -51,10 +51,10 @@ COUNTS = {"sweeps", "steps", "rounds"}
 
 def automatic_table() -> dict[str, str]:
     """Which solver ``"auto"`` means for each registered structure: the first one that fits it."""
-    return {name: _fitting(structure)[0] for name, structure in STRUCTURES.items()}
+    return {name: fitting_solvers(structure)[0] for name, structure in STRUCTURES.items()}
 
 
-def _fitting(structure: type[Structure]) -> list[str]:
+def fitting_solvers(structure: type[Structure]) -> list[str]:
     """In order of preference; never empty: ``fit``, the last solver, takes every structure."""
     return [key for key, m in SOLVERS.items() if issubclass(structure, m.STRUCTURES)]
 
@@ -66,11 +66,11 @@ def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = Fal
         FactorizationError: unknown, not made for this structure, or data-free while ``weighted``.
     """
     if solver == "auto":
-        solver = _fitting(type(spec))[0]
+        solver = fitting_solvers(type(spec))[0]
     if solver not in SOLVERS:
         raise FactorizationError(f"unknown solver {solver!r}; choose from auto, {sorted(SOLVERS)}")
     module = SOLVERS[solver]
-    fitting = sorted(_fitting(type(spec)))
+    fitting = sorted(fitting_solvers(type(spec)))
     if solver not in fitting:
         raise FactorizationError(f"solver {solver!r} does not fit a {spec.name}; use {fitting}")
     if weighted and not module.USES_SECOND_MOMENT:
@@ -84,7 +84,7 @@ def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = Fal
 def explain_solver(structure: Structure | type[Structure]) -> str:
     """What ``solver="auto"`` runs for a structure, what it passes over, and why."""
     kind = structure if isinstance(structure, type) else type(structure)
-    chosen, *others = _fitting(kind)
+    chosen, *others = fitting_solvers(kind)
     moment = "uses" if SOLVERS[chosen].USES_SECOND_MOMENT else "cannot use"
     rest = "; ".join(f"{other} {SOLVERS[other].WHY}" for other in others)
     first = f"{chosen} {SOLVERS[chosen].WHY}; it {moment} data"
@@ -285,6 +285,7 @@ __all__ = [
     "explain_solver",
     "factorize",
     "factorize_many",
+    "fitting_solvers",
     "joint_low_rank",
     "prepare",
     "shifted_target",

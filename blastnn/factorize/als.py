@@ -38,7 +38,7 @@ from blastnn.structures import Blast, Structure
 
 STRUCTURES = (Blast,)
 USES_SECOND_MOMENT = True
-WHY = "reaches a lower error on average than the paper's Algorithm 2 in a third of its steps"
+WHY = "has the error of the paper's Algorithm 2 in a fifteenth of its time or less, and goes on"
 
 
 @dataclass(frozen=True)
