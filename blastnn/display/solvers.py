@@ -18,7 +18,7 @@ def print_solvers(as_json: bool) -> None:
     for name, structure in STRUCTURES.items():
         chosen, *others = fitting_solvers(structure)
         rows.append([name, chosen, ", ".join(others) or "-"])
-    console.print(table(["structure", "auto", "also fit"], rows))
+    console.print(table(["structure", "auto", "also fit"], rows, words=3))
     console.print("\nauto is the first in this list that fits:\n")
     for name, module in SOLVERS.items():
         data = "" if module.USES_SECOND_MOMENT else " (without data alone)"

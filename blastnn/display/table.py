@@ -19,11 +19,11 @@ def wide_console() -> Console:
     return Console(soft_wrap=True, highlight=False, width=WIDTH)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A plain table, numbers to the right."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Table:
+    """A plain table; its first columns hold ``words``, the others numbers, to the right."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        shown.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        shown.add_column(column, justify="left" if index < words else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
     return shown
