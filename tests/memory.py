@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,6 +37,17 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+def assert_alike_in_poisoned_memory(
+    compute: Callable[[], Sequence[Tensor]], **tolerance: float
+) -> None:
+    """What ``compute`` returns is the same, to rounding, where new memory is NaN."""
+    expected = compute()
+    with poisoned_memory():
+        actual = compute()
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from blastnn.factorize import factorize
 from blastnn.linear import StructuredLinear
 from blastnn.structures import STRUCTURES, Structure
 from tests.matrices import describe, every_device, example_specs
-from tests.memory import nothing_by_default, poisoned_memory
+from tests.memory import assert_alike_in_poisoned_memory, nothing_by_default
 
 SPECS = [structure.for_budget(22, 26, 22 * 26 // 2) for structure in STRUCTURES.values()]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
@@ -87,11 +87,7 @@ def test_nothing_is_read_before_it_is_written(spec, dtype, device):
             found += [y, *torch.autograd.grad(y.square().sum(), trained, materialize_grads=True)]
         return found
 
-    expected = everything()
-    with poisoned_memory():
-        actual = everything()
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    assert_alike_in_poisoned_memory(everything)
 
 
 @every_example

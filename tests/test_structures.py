@@ -32,7 +32,7 @@ from tests.matrices import (
     random_factors,
     specs_of,
 )
-from tests.memory import hidden_entries, nothing_by_default, poisoned_memory
+from tests.memory import assert_alike_in_poisoned_memory, hidden_entries, nothing_by_default
 
 SHAPES = [(7, 7), (12, 20), (13, 11), (31, 9), (8, 37)]
 MANY_TOKENS = FEW_TOKENS + 7
@@ -374,11 +374,7 @@ def test_nothing_is_read_before_it_is_written(spec):
             found += [y, *torch.autograd.grad(y.square().sum(), trained, materialize_grads=True)]
         return found
 
-    expected = everything()
-    with poisoned_memory():
-        actual = everything()
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert_alike_in_poisoned_memory(everything, rtol=1e-12, atol=1e-12)
 
 
 @few_specs
