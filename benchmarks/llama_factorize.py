@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.matrices import made_up
+from benchmarks.solver_speed import seconds_a_step
 from blastnn.factorize import FactorizationResult, factorize, factorize_many
 from blastnn.structures import Blast
 
@@ -35,12 +36,6 @@ def fit(weights: Sequence[Tensor], spec: Blast, sweeps: int) -> list[Factorizati
     if weights[0].is_cuda:
         return factorize_many(weights, spec, solver="als", sweeps=sweeps)
     return [factorize(weight, spec, solver="als", sweeps=sweeps) for weight in weights]
-
-
-def seconds_of_algorithm_2(weight: Tensor, spec: Blast, steps: int) -> float:
-    """300 steps, extrapolated from the time that a few take after the first."""
-    history = factorize(weight, spec, solver="precgd", steps=steps).history
-    return 300 * (history[-1][0] - history[1][0]) / (steps - 1)
 
 
 def main() -> None:
@@ -62,7 +57,7 @@ def main() -> None:
             f"{results[0].relative_error:.4f} (low-rank start {results[0].history[0][1]:.4f})"
         )
         if given.steps > 1:
-            literal = count * seconds_of_algorithm_2(weights[0], spec, given.steps)
+            literal = count * 300 * seconds_a_step(weights[0], spec, given.steps)
             slow += literal
             line += f"; Algorithm 2, extrapolated: {literal:.0f} s"
         total += seconds

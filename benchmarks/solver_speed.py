@@ -123,12 +123,17 @@ def other(
     return factorize(weight, structure.for_budget(m, n, m * n // 2, **options))
 
 
+def seconds_a_step(weight: Tensor, spec: Blast, steps: int) -> float:
+    """Of Algorithm 2, from a few of them, without the first."""
+    history = factorize(weight, spec, solver="precgd", steps=steps).history
+    return (history[-1][0] - history[1][0]) / (steps - 1)
+
+
 def compare_large(m: int, n: int, steps: int = 3, sweeps: int = 40, blocks: int = 16) -> Row:
     """A few steps of Algorithm 2 and their time extrapolated to 300, and ``als``."""
     weight = made_up(m, n)
     spec = Blast.for_budget(m, n, m * n // 2, blocks=blocks)
-    literal = factorize(weight, spec, solver="precgd", steps=steps).history
-    step = (literal[-1][0] - literal[1][0]) / (steps - 1)
+    step = seconds_a_step(weight, spec, steps)
     ours = factorize(weight, spec, solver="als", sweeps=sweeps)
     return {
         "kind": f"{m} x {n}, made up",

@@ -169,7 +169,7 @@ class _Run:
             start = state.extrapolate(previous, [0.0 if landing else p.momentum for p in paces])
             omega = [1.0 if landing else pace.omega for pace in paces]
             candidate, errors = self.sweeper.sweep(start, omega, [pace.ridge for pace in paces])
-            self._settle([paces[index] for index in active], active, state, candidate, errors)
+            self._settle(paces, active, state, candidate, errors)
             better = [False] * len(paces)
             for index in active:
                 better[index] = paces[index].learn(errors[index])
@@ -196,8 +196,8 @@ class _Run:
         From the residuals: a sweep's own errors have lost as many digits as their squares are
         small, and would end the iteration while it still descends.
         """
-        for pace, index in zip(paces, active, strict=True):
-            last = pace.errors[-1]
+        for index in active:
+            pace, last = paces[index], paces[index].errors[-1]
             rise = errors[index] ** 2 - last**2
             if 0.0 <= rise <= ROUNDING[state.U.dtype]:
                 errors[index] = self.sweeper.error_of(candidate, index)
