@@ -3,9 +3,18 @@ r"""Our solver: extrapolated, over-relaxed block coordinate descent, data-free o
 Minimises ``|| (A - A^) L ||^2`` over BLAST ``A^``, with ``L L^T = C``, or ``L = I`` without data.
 One *sweep* solves for each block of unknowns in turn (``als_free.py`` without data,
 ``als_weighted.py`` with) and goes ``omega`` times as far as the exact solution. It is applied to a
-point extrapolated beyond the last two, the classical momentum of fixed-point maps; whenever
-the error would rise, momentum is dropped for one sweep, and if it still rises, over-relaxation
-and ridge too. The last sweep goes no further than the solutions. No result is worse than the start.
+point extrapolated beyond the last two, the classical momentum of fixed-point maps.
+
+At first a sweep lowers ``|| (A - A^) L ||^2 + penalty sum_k || M_k L ||^2``, with the components
+``M_k``, of which ``A^`` is the sum. That is what would be left on average if each component were
+scaled by a random number of variance ``penalty``: so none may rely on others to cancel it, and
+fewer local minima are left. The penalty falls to nothing on the way (``als_pace.py``); where a
+sweep ends depends less on where it began, and lower than from any other start we know
+(docs/log.md, "Penalised overlaps").
+
+Whenever the objective would rise, momentum is dropped for one sweep, and if it still rises,
+over-relaxation and penalty too. The last sweep goes no further than the solutions. No result is
+worse than the start.
 
 The start is a (whitened) low-rank factorisation, of larger matrices by randomised range finding,
 cut into blocks, with ``S = 1 + noise``: with equal couplings the blocks would move as one. With one
@@ -18,17 +27,16 @@ arithmetic is batched, which a GPU needs to be busy. Nothing here has run on a G
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from blastnn.factorize.als_free import FreeSweep
-from blastnn.factorize.als_state import ROUNDING, SMALLEST_RIDGE, State, Sweeper, ridge_for
+from blastnn.factorize.als_pace import Pace, Schedule
+from blastnn.factorize.als_state import ROUNDING, State, Sweeper, Swept
 from blastnn.factorize.als_weighted import WeightedSweep
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
@@ -39,26 +47,6 @@ from blastnn.structures import Blast, Structure
 STRUCTURES = (Blast,)
 USES_SECOND_MOMENT = True
 WHY = "has the error of the paper's Algorithm 2 in a fifteenth of its time or less, and goes on"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how boldly to iterate.
-
-    ``momentum`` grows from ``momentum_start`` by ``momentum_growth`` a sweep to ``momentum_end``;
-    growing it matters: a constant 0.9 from the start is worse than none for ten sweeps.
-    ``omega`` is the over-relaxation; what exceeds 1 shrinks with the error: close to a solution
-    momentum alone is faster (docs/log.md).
-    ``tolerance`` is the relative fall of the error over ten sweeps below which it stops.
-    """
-
-    sweeps: int = 40
-    omega: float = 1.35
-    momentum_start: float = 0.3
-    momentum_growth: float = 0.1
-    momentum_end: float = 0.9
-    tolerance: float = 1e-5
-    coupling_noise: float = 0.9
 
 
 def solve(problem: Problem, spec: Structure, seed: int, sweeps: int = Schedule.sweeps) -> Solution:
@@ -89,65 +77,6 @@ def solve_many(
     return run.solutions(_balanced)
 
 
-class _Pace:
-    """How boldly one problem moves, learnt from its errors.
-
-    Plain numbers: a tensor of one would cost a small matrix more than its arithmetic does.
-
-    Attributes:
-        errors: of the accepted states, the last repeated for every sweep that was rejected;
-            infinite before the first.
-        momentum: how far to extrapolate beyond the last two states.
-        caution: how often in a row the error rose. Once drops momentum, twice over-relaxation and
-            ridge too; after a third time nothing is left to try.
-    """
-
-    def __init__(self, schedule: Schedule, start_error: float, dtype: torch.dtype) -> None:
-        self.schedule, self.start_error, self.dtype = schedule, start_error, dtype
-        self.errors = [math.inf]
-        self.momentum, self.caution = 0.0, 0
-
-    @property
-    def omega(self) -> float:
-        """The over-relaxation; what exceeds 1 shrinks with the error."""
-        if self.caution > 1:
-            return 1.0
-        progress = min(self.errors[-1] / max(self.start_error, sys.float_info.min), 1.0)
-        return 1.0 + (self.schedule.omega - 1.0) * progress
-
-    @property
-    def ridge(self) -> float:
-        """Relative to the normal matrices' mean diagonals."""
-        if self.caution > 1:
-            return SMALLEST_RIDGE[self.dtype]
-        return ridge_for(min(self.errors[-1], self.start_error), self.dtype)
-
-    def learn(self, found: float) -> bool:
-        """Take note of a sweep's error; whether its state is accepted."""
-        best, schedule = self.errors[-1], self.schedule
-        better = found < best
-        if not better or math.isinf(best):
-            self.momentum = 0.0
-        elif self.momentum > 0.0:
-            grown = self.momentum + schedule.momentum_growth
-            self.momentum = min(grown, schedule.momentum_end)
-        else:
-            self.momentum = schedule.momentum_start
-        self.caution = 0 if better else self.caution + 1
-        self.errors.append(found if better else best)
-        return better
-
-    def verdict(self, window: int = 10) -> str | None:
-        """Why to stop, or None."""
-        if self.caution > 2:
-            return "converged: exact sweeps no longer descend"
-        if len(self.errors) > window + 1:
-            last = self.errors[-1]
-            if self.errors[-1 - window] - last <= self.schedule.tolerance * last:
-                return "converged: the error no longer falls"
-        return None
-
-
 class _Run:
     """The iteration over a batch: the best states so far, and each problem's history."""
 
@@ -161,19 +90,21 @@ class _Run:
 
     def iterate(self, state: State, schedule: Schedule) -> None:
         """Sweep until every problem has converged or the sweeps are used up."""
-        dtype, previous = state.U.dtype, state
-        paces = [_Pace(schedule, error, dtype) for error in self.start_error]
+        previous = state
+        paces = [Pace(schedule, error) for error in self.start_error]
         active = list(range(len(paces)))
         for sweep in range(schedule.sweeps):
             landing = sweep == schedule.sweeps - 1
             start = state.extrapolate(previous, [0.0 if landing else p.momentum for p in paces])
             omega = [1.0 if landing else pace.omega for pace in paces]
-            candidate, errors = self.sweeper.sweep(start, omega, [pace.ridge for pace in paces])
-            self._settle(paces, active, state, candidate, errors)
+            penalty = [0.0 if landing else pace.penalty for pace in paces]
+            swept = self.sweeper.sweep(start, omega, penalty)
+            self._settle(paces, active, state, swept, penalty)
             better = [False] * len(paces)
             for index in active:
-                better[index] = paces[index].learn(errors[index])
-            previous, state = state.where(better, previous), candidate.where(better, state)
+                found = swept.errors[index], swept.overlaps[index], penalty[index]
+                better[index] = paces[index].learn(*found)
+            previous, state = state.where(better, previous), swept.state.where(better, state)
             accepted = [pace.errors[-1] for pace in paces]
             self._keep(state, accepted)
             self._record(active, accepted)
@@ -185,11 +116,11 @@ class _Run:
 
     def _settle(
         self,
-        paces: Sequence[_Pace],
+        paces: Sequence[Pace],
         active: Sequence[int],
         state: State,
-        candidate: State,
-        errors: list[float],
+        swept: Swept,
+        penalty: Sequence[float],
     ) -> None:
         """Where an error seems to rise by no more than rounding, both it and the last one anew.
 
@@ -198,9 +129,9 @@ class _Run:
         """
         for index in active:
             pace, last = paces[index], paces[index].errors[-1]
-            rise = errors[index] ** 2 - last**2
+            rise = pace.rise(swept.errors[index], swept.overlaps[index], penalty[index])
             if 0.0 <= rise <= ROUNDING[state.U.dtype]:
-                errors[index] = self.sweeper.error_of(candidate, index)
+                swept.errors[index] = self.sweeper.error_of(swept.state, index)
                 pace.errors[-1] = self.sweeper.error_of(state, index)
                 if self.best_error[index] == last:
                     self.best_error[index] = pace.errors[-1]

@@ -17,6 +17,9 @@ from blastnn.factorize.als_state import (
     SMALLEST_RIDGE,
     State,
     Sweeper,
+    Swept,
+    explained_apart,
+    lifted,
     multiply,
     quadratic,
     solve_rows,
@@ -51,50 +54,48 @@ class FreeSweep(Sweeper):
         if self.wide:
             self.rows = self.rows.flatten(1, 2).mT.contiguous().view(-1, b2, q, b1 * p)
 
-    def sweep(
-        self, state: State, omega: Sequence[float], ridge: Sequence[float]
-    ) -> tuple[State, list[float]]:
-        """``U``, ``S`` and ``V`` in turn; the new states and their relative errors."""
+    def sweep(self, state: State, omega: Sequence[float], penalty: Sequence[float]) -> Swept:
+        """``U``, ``S`` and ``V`` in turn."""
         inner = state.flipped() if self.wide else state
         # As many block rows together as leave their products, or Gram matrices, in cache.
         k, b2, q, r = inner.V.shape
         parts = chunks(inner.U.shape[1], max(k * b2 * r * r, b2 * q * r), inner.V.device)
-        found = self._at_once(inner, omega, ridge) if len(parts) == 1 else None
-        inner, fitted = found or self._sweep(inner, omega, ridge, parts)
-        result = inner.flipped() if self.wide else inner
-        return result, self.errors_from(fitted, result)
+        found = self._at_once(inner, omega, penalty) if len(parts) == 1 else None
+        inner, fitted, apart = found or self._sweep(inner, omega, penalty, parts)
+        return self.swept(inner.flipped() if self.wide else inner, fitted, apart)
 
     def _at_once(
-        self, state: State, omega: Sequence[float], ridge: Sequence[float]
-    ) -> tuple[State, Tensor] | None:
+        self, state: State, omega: Sequence[float], penalty: Sequence[float]
+    ) -> tuple[State, Tensor, Tensor] | None:
         """All rows in one call; None where that does not serve, or something special is to do."""
-        if any(each <= SMALLEST_RIDGE[state.V.dtype] for each in ridge):
+        smallest = SMALLEST_RIDGE[state.V.dtype]
+        if any(each <= smallest for each in penalty):
             return None
-        found = sweep_freely(self.rows, state.tensors(), omega, ridge, COUPLING_STEPS)
-        return None if found is None else (State(*found[0]), found[1])
+        found = sweep_freely(self.rows, state.tensors(), omega, penalty, smallest, COUPLING_STEPS)
+        return None if found is None else (State(*found[0]), *found[1:])
 
     def _sweep(
         self,
         state: State,
         omega: Sequence[float],
-        ridge: Sequence[float],
+        penalty: Sequence[float],
         parts: Sequence[slice],
-    ) -> tuple[State, Tensor]:
+    ) -> tuple[State, Tensor, Tensor]:
         """Some rows after the other; its oracle, and what is done everywhere else."""
         U, S, V = torch.empty_like(state.U), torch.empty_like(state.S), state.V
-        gram = multiply(V.mT, V)  # (k, j, r, t)
+        gram = lifted(multiply(V.mT, V), penalty)  # (k, j, r, t)
         right, normal = torch.zeros_like(V), torch.zeros_like(gram)
         for rows in parts:
-            U[:, rows] = self._left(state, rows, gram, omega, ridge)
+            U[:, rows] = self._left(state, rows, gram, omega, penalty)
             seen = multiply(self.rows[:, rows].mT, U[:, rows])  # (k, i, n, r)
             products = seen.view(*seen.shape[:2], *V.shape[1:])  # (k, i, j, q, r)
             own = multiply(U[:, rows].mT, U[:, rows])  # (k, i, r, t)
             S[:, rows] = self._couplings(state, rows, own, gram, products, omega)
             add_coupled(products, S[:, rows], right)
             normal += weighted_grams(own, S[:, rows].transpose(1, 2))
-        new = solve_rows(normal, right, ridge, self.notes)
+        new = solve_rows(lifted(normal, penalty), right, penalty, self.notes)
         V = step(V, new, omega)
-        return State(U, S, V), quadratic(V, normal, right)
+        return State(U, S, V), quadratic(V, normal, right), explained_apart(V, normal)
 
     def _left(
         self,
@@ -102,13 +103,13 @@ class FreeSweep(Sweeper):
         rows: slice,
         gram: Tensor,
         omega: Sequence[float],
-        ridge: Sequence[float],
+        penalty: Sequence[float],
     ) -> Tensor:
         """``U_i G_i = R_i`` with ``R_i = A_i [s_ij V_j]_j`` and ``G_i = sum_j s s^T * gram_j``."""
         S = state.S[:, rows]
         normal = weighted_grams(gram, S)
         right = multiply(self.rows[:, rows], self.scratch.scaled(state.V, S))
-        new = solve_rows(normal, right, ridge, self.notes)
+        new = solve_rows(normal, right, penalty, self.notes)
         return step(state.U[:, rows], new, omega)
 
     def _couplings(

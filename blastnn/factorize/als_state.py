@@ -18,10 +18,7 @@ from blastnn.factorize.problem import Problem
 from blastnn.kernels import normal_equations
 from blastnn.structures import Blast
 
-# Added to normal matrices, relative to their mean diagonal: this share of the squared relative
-# error, but at least what a Cholesky factorisation needs. Far from the solution it keeps nearly
-# equal components from cancelling each other; it vanishes with the error.
-RIDGE_PER_SQUARED_ERROR = 4e-3
+# Added to normal matrices, relative to their mean diagonal: what a Cholesky factorisation needs.
 SMALLEST_RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}
 # Below this squared relative error the normal-equation value of the objective has cancelled.
 CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-13}
@@ -72,6 +69,23 @@ class State:
         return {"U": self.U[index], "S": self.S[index], "V": self.V[index]}
 
 
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep leads to.
+
+    Attributes:
+        state: the factors.
+        errors: relative errors ``e`` of the problems.
+        overlaps: ``P = sum_k || M_k L ||^2 / || A L ||^2`` with the components ``M_k`` (``A^`` is
+            their sum): what they would explain if none overlapped another. Where components cancel
+            each other, it is large.
+    """
+
+    state: State
+    errors: list[float]
+    overlaps: list[float]
+
+
 class Sweeper(ABC):
     """Least-squares problems of one spec and dtype that one pass over all unknowns improves.
 
@@ -85,13 +99,10 @@ class Sweeper(ABC):
         self.energy = [problem.energy for problem in problems]
 
     @abstractmethod
-    def sweep(
-        self, state: State, omega: Sequence[float], ridge: Sequence[float]
-    ) -> tuple[State, list[float]]:
-        """One pass over all unknowns; the states and their relative errors.
+    def sweep(self, state: State, omega: Sequence[float], penalty: Sequence[float]) -> Swept:
+        """One pass over all unknowns, towards less ``e^2 + penalty P`` (see :class:`Swept`).
 
-        ``omega``: how far to go, in exact steps; ``ridge``: relative to the normal matrices' mean
-        diagonal. One of each a problem.
+        ``omega``: how far to go, in exact steps. A number of each for every problem.
         """
 
     def error(self, state: State) -> list[float]:
@@ -103,7 +114,12 @@ class Sweeper(ABC):
         factors = {name: factor.double() for name, factor in state.one(index).items()}
         return self.problems[index].objective_error(self.spec.to_dense(factors))
 
-    def errors_from(self, fitted: Tensor, state: State) -> list[float]:
+    def swept(self, state: State, fitted: Tensor, apart: Tensor) -> Swept:
+        """Of ``|| A^ L ||^2 - 2 <A C, A^>`` and ``sum_k || M_k L ||^2`` of each problem."""
+        pairs = zip(apart.tolist(), self.energy, strict=True)
+        return Swept(state, self._errors(fitted, state), [part / energy for part, energy in pairs])
+
+    def _errors(self, fitted: Tensor, state: State) -> list[float]:
         """Relative errors from ``|| A^ L ||^2 - 2 <A C, A^>``, unless it has cancelled."""
         errors = []
         for index, value in enumerate(fitted.tolist()):
@@ -113,9 +129,24 @@ class Sweeper(ABC):
         return errors
 
 
-def ridge_for(error: float, dtype: torch.dtype) -> float:
-    """The relative ridge that goes with a relative error."""
-    return max(RIDGE_PER_SQUARED_ERROR * error * error, SMALLEST_RIDGE[dtype])
+def lifted(G: Tensor, penalty: Sequence[float]) -> Tensor:
+    """``G (k, ..., r, r)`` with its diagonals ``1 + penalty`` times as large.
+
+    That is all that a penalty on ``sum_k || M_k L ||^2`` takes: the squared norm of component ``k``
+    is what the diagonals of Gram matrices, of factors and of their products with couplings, count.
+    """
+    if not any(penalty):
+        return G
+    larger = G.clone()
+    scale = 1.0 + G.new_tensor(penalty).view(-1, *[1] * (G.ndim - 2))
+    larger.diagonal(dim1=-2, dim2=-1).mul_(scale)
+    return larger
+
+
+def explained_apart(X: Tensor, normal: Tensor) -> Tensor:
+    """``sum_k || M_k L ||^2`` of each problem, in float64; arguments of :func:`quadratic`."""
+    squares = X.square().sum(2) * normal.diagonal(dim1=-2, dim2=-1)
+    return squares.flatten(1).sum(1, dtype=torch.float64)
 
 
 def per_problem(values: Sequence[float], like: Tensor) -> Tensor | float:
@@ -149,11 +180,16 @@ def quadratic(X: Tensor, normal: Tensor, right: Tensor) -> Tensor:
     return slope.mul_(rows).view(len(X), -1).sum(1, dtype=torch.float64)
 
 
-def solve_rows(G: Tensor, right: Tensor, ridge: Sequence[float], notes: list[list[str]]) -> Tensor:
+def solve_rows(
+    G: Tensor, right: Tensor, penalty: Sequence[float], notes: list[list[str]]
+) -> Tensor:
     """``right G^-1`` for symmetric positive semidefinite ``G (k, ..., r, r)``, by rows.
 
-    A matrix that is not positive definite in spite of the ridge gets a larger one, and a note.
+    The ``penalty`` is in ``G`` already. A matrix that is not positive definite in spite of the
+    smallest ridge gets a larger one, and a note.
     """
+    smallest = SMALLEST_RIDGE[G.dtype]
+    ridge = [smallest] * len(penalty)
     factor, failed = normal_equations.factor(G, ridge)
     for larger in (1e-4, 1e-2, 1.0):
         if not bool(failed.any()):
@@ -162,7 +198,7 @@ def solve_rows(G: Tensor, right: Tensor, ridge: Sequence[float], notes: list[lis
         other, still = normal_equations.factor(G, [larger] * len(ridge))
         factor, failed = torch.where(failed[..., None, None], other, factor), failed & still
     solved = normal_equations.solve_factored(factor, right)
-    sharp = [each <= SMALLEST_RIDGE[G.dtype] for each in ridge]
+    sharp = [each <= smallest for each in penalty]
     if any(sharp):
         # Close to a solution the ridge's bias would be all that is left: take it out once.
         refined = solved + normal_equations.solve_factored(factor, right - solved @ G)

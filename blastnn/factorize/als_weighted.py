@@ -21,6 +21,9 @@ from torch import Tensor
 from blastnn.factorize.als_state import (
     State,
     Sweeper,
+    Swept,
+    explained_apart,
+    lifted,
     multiply,
     per_problem,
     quadratic,
@@ -68,24 +71,23 @@ class WeightedSweep(Sweeper):
         columns = pairs.to(dtype).transpose(0, 1).reshape(b2, b2 * q, q)
         return by_column.to(dtype).contiguous(), columns, inverse.to(dtype)
 
-    def sweep(
-        self, state: State, omega: Sequence[float], ridge: Sequence[float]
-    ) -> tuple[State, list[float]]:
-        """``V``, ``S`` and ``U`` in turn; the new states and their relative errors."""
-        gram = multiply(state.U.mT, state.U)  # (k, i, r, t)
-        V, moved = self._right(state, gram, omega, ridge)
+    def sweep(self, state: State, omega: Sequence[float], penalty: Sequence[float]) -> Swept:
+        """``V``, ``S`` and ``U`` in turn."""
+        gram = lifted(multiply(state.U.mT, state.U), penalty)  # (k, i, r, t)
+        V, moved = self._right(state, gram, omega, penalty)
         projected = multiply(self.target, V).unflatten(2, state.U.shape[1:3])  # Y_ij V_j
         products = _Products(V, moved)
         S = self._couplings(state, gram, projected, products, omega)
         normal = self._left_gram(S, products)
         right = torch.zeros_like(state.U)
         add_coupled(projected, S.transpose(1, 2), right)
-        U = step(state.U, solve_rows(normal, right, ridge, self.notes), omega)
-        result = State(U, S, V)
-        return result, self.errors_from(quadratic(U, normal, right), result)
+        new = solve_rows(lifted(normal, penalty), right, penalty, self.notes)
+        U = step(state.U, new, omega)
+        fitted, apart = quadratic(U, normal, right), explained_apart(U, normal)
+        return self.swept(State(U, S, V), fitted, apart)
 
     def _right(
-        self, state: State, gram: Tensor, omega: Sequence[float], ridge: Sequence[float]
+        self, state: State, gram: Tensor, omega: Sequence[float], penalty: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
         """New ``V`` and the products ``C_jc V_c`` as ``(k, c, j, q, r)``."""
         U, V, by_column = state.U, state.V.clone(), state.S.transpose(1, 2)  # (k, c, i, r)
@@ -100,7 +102,7 @@ class WeightedSweep(Sweeper):
             right = torch.bmm(self.target[:, j].mT, scaled)  # (k, q, r)
             right -= multiply(moved[:, :, j], H).sum(1)
             right = torch.bmm(self.inverse[:, j], right)
-            V[:, j] = step(V[:, j], solve_rows(own, right, ridge, self.notes), omega)
+            V[:, j] = step(V[:, j], solve_rows(own, right, penalty, self.notes), omega)
             moved[:, j] = torch.bmm(self.moment[:, j], V[:, j]).view_as(moved[:, j])
         return V, moved
 

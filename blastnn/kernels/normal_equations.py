@@ -165,28 +165,30 @@ def sweep_freely(
     rows: Tensor,
     factors: tuple[Tensor, Tensor, Tensor],
     omega: Sequence[float],
-    ridge: Sequence[float],
+    penalty: Sequence[float],
+    ridge: float,
     coupling_steps: int,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor] | None:
     """The whole of ``factorize/als_free.py``'s sweep over all rows at once, in one call.
 
     Args:
         rows: block rows ``A_i``, ``(k, b1, p, n)``.
         factors: ``U (k, b1, p, r)``, ``S (k, b1, b2, r)`` and ``V (k, b2, q, r)``.
         omega: how far to go, in exact steps, of each problem.
-        ridge: of each problem, as in :func:`factor`.
+        penalty: by which share the diagonals of each problem's Gram matrices are to be larger.
+        ridge: of every problem, as in :func:`factor`.
         coupling_steps: of :func:`descend_couplings`.
 
     Returns:
-        The new factors and ``|| A^ ||^2 - 2 <A, A^>`` of each problem, float64; None where the C++
-        does not serve, or a normal matrix was not positive definite.
+        The new factors, ``|| A^ ||^2 - 2 <A, A^>`` and ``sum_k || M_k ||^2`` of each problem,
+        float64; None where the C++ does not serve, or a normal matrix was not positive definite.
     """
     if not _is_native(rows):
         return None
-    *found, fitted, failed = torch.ops.blastnn.sweep_freely(
-        rows, *factors, omega, ridge, coupling_steps
+    *found, fitted, apart, failed = torch.ops.blastnn.sweep_freely(
+        rows, *factors, omega, penalty, ridge, coupling_steps
     )
-    return None if failed else (tuple(found), fitted)
+    return None if failed else (tuple(found), fitted, apart)
 
 
 def _times(W: Tensor, vector: Tensor) -> Tensor:

@@ -204,8 +204,8 @@ TORCH_LIBRARY(blastnn, library) {
   library.def("paired_sums(Tensor products, Tensor factors) -> Tensor");
   library.def("add_coupled(Tensor products, Tensor couplings, Tensor(a!) total) -> ()");
   library.def(
-      "sweep_freely(Tensor rows, Tensor U, Tensor S, Tensor V, float[] omega, float[] ridge, "
-      "int coupling_steps) -> (Tensor, Tensor, Tensor, Tensor, bool)");
+      "sweep_freely(Tensor rows, Tensor U, Tensor S, Tensor V, float[] omega, float[] penalty, "
+      "float ridge, int coupling_steps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, bool)");
 }
 
 TORCH_LIBRARY_IMPL(blastnn, CPU, library) {
