@@ -11,6 +11,7 @@ from torch import Tensor
 from blastnn.errors import FactorizationError
 from blastnn.factorize import als_weighted, factorize, factorize_many, prepare
 from blastnn.factorize.als_free import FreeSweep
+from blastnn.factorize.als_pace import Schedule
 from blastnn.factorize.als_state import (
     State,
     Sweeper,
@@ -183,6 +184,29 @@ def test_without_noise_the_error_vanishes(shape):
     result = factorize(weight, spec, sweeps=300)
     assert result.history[0][1] > 0.2
     assert result.relative_error < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("m", "n"), [(64, 64), (96, 64)])
+def test_no_local_minimum_stops_short_of_an_exact_target(m: int, n: int, seed: int) -> None:
+    """Without a penalty of overlaps most of these end at an error of 0.1."""
+    spec = Blast(m, n, rank=6, blocks=(8, 8))
+    shapes = spec.factor_shapes().items()
+    target = spec.to_dense({k: normal(*s, seed=10 * seed + i) for i, (k, s) in enumerate(shapes)})
+    assert factorize(target, spec, sweeps=60).relative_error < 1e-3
+
+
+def test_the_penalty_falls_to_what_keeps_components_apart() -> None:
+    schedule = Schedule(sweeps=40)
+    planned = [schedule.penalty(sweep, 0.3, 0.3) for sweep in range(40)]
+    assert planned[0] == pytest.approx(schedule.penalty_start * 0.3**2)
+    ratios = {round(b / a, 9) for a, b in zip(planned[:25], planned[1:26], strict=True)}
+    assert len(ratios) == 1 and ratios.pop() < 1.0
+    assert planned[26:] == [schedule.penalty_last * 0.3**2] * 14
+    # It is never more than the error at the time is worth, and none where nothing is to be done.
+    assert schedule.penalty(0, 0.3, 0.01) == pytest.approx(schedule.penalty_most * 1e-4)
+    assert schedule.penalty(0, 1.0, 1.0) == schedule.penalty_largest
+    assert schedule.penalty(0, 0.0, 0.0) == 0.0
 
 
 def test_float32_descends_below_what_a_sweeps_own_error_can_tell():
