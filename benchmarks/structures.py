@@ -6,6 +6,7 @@ weight's inputs. GBLR is there twice: by what it stores, as the others, and by i
 is how its paper counts. Resumes: finished cells are kept in the JSON file.
 
     python -m benchmarks.structures [--keep 0.5] [--blocks 2 4 8 16] [--kinds q gate down]
+                                    [--structures blast lowrank]
 """
 
 from __future__ import annotations
@@ -37,14 +38,13 @@ SWEEPS = {"als": {"sweeps": 60}}
 BY_NONZEROS, STORED, NONZEROS = "gblr, by non-zeros", 2, 0.5
 
 
-def cells(blocks: list[int]) -> list[tuple[str, int | None]]:
+def cells(names: list[str], blocks: list[int]) -> list[tuple[str, int | None]]:
     """Structures with each block count, or None for structures without blocks."""
-    found = [
+    return [
         (name, b)
-        for name in STRUCTURES
+        for name in names
         for b in (blocks if name in BLOCK_OPTIONS else [None])  # type: ignore[list-item]
     ]
-    return [*found, (BY_NONZEROS, None)]
 
 
 def fit(weight: Tensor, moment: Tensor | None, name: str, b: int | None, keep: float) -> float:
@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    every = [*STRUCTURES, BY_NONZEROS]
+    parser.add_argument("--structures", nargs="+", default=every, choices=every)
     parser.add_argument("--weightings", nargs="+", default=WEIGHTINGS, choices=WEIGHTINGS)
     parser.add_argument("--file", type=Path, default=Path("runs/benchmarks/structures.json"))
     given = parser.parse_args()
@@ -78,7 +80,7 @@ def main() -> None:
     for weighting in given.weightings:
         weighted = weighting == "weighted"
         print(f"keep {given.keep}, {weighting}")
-        for name, b in cells(given.blocks):
+        for name, b in cells(given.structures, given.blocks):
             row = []
             for kind in given.kinds:
                 key = f"{given.keep}/{weighted}/{name}/{b}/{kind}"

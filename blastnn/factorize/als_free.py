@@ -19,7 +19,7 @@ from blastnn.factorize.als_state import (
     Sweeper,
     Swept,
     explained_apart,
-    lifted,
+    lift,
     multiply,
     quadratic,
     solve_rows,
@@ -61,8 +61,9 @@ class FreeSweep(Sweeper):
         k, b2, q, r = inner.V.shape
         parts = chunks(inner.U.shape[1], max(k * b2 * r * r, b2 * q * r), inner.V.device)
         found = self._at_once(inner, omega, penalty) if len(parts) == 1 else None
-        inner, fitted, apart = found or self._sweep(inner, omega, penalty, parts)
-        return self.swept(inner.flipped() if self.wide else inner, fitted, apart)
+        inner, objective, apart = found or self._sweep(inner, omega, penalty, parts)
+        result = inner.flipped() if self.wide else inner
+        return self.swept(result, objective, apart, penalty)
 
     def _at_once(
         self, state: State, omega: Sequence[float], penalty: Sequence[float]
@@ -83,7 +84,7 @@ class FreeSweep(Sweeper):
     ) -> tuple[State, Tensor, Tensor]:
         """Some rows after the other; its oracle, and what is done everywhere else."""
         U, S, V = torch.empty_like(state.U), torch.empty_like(state.S), state.V
-        gram = lifted(multiply(V.mT, V), penalty)  # (k, j, r, t)
+        gram = lift(multiply(V.mT, V), penalty)  # (k, j, r, t)
         right, normal = torch.zeros_like(V), torch.zeros_like(gram)
         for rows in parts:
             U[:, rows] = self._left(state, rows, gram, omega, penalty)
@@ -93,7 +94,7 @@ class FreeSweep(Sweeper):
             S[:, rows] = self._couplings(state, rows, own, gram, products, omega)
             add_coupled(products, S[:, rows], right)
             normal += weighted_grams(own, S[:, rows].transpose(1, 2))
-        new = solve_rows(lifted(normal, penalty), right, penalty, self.notes)
+        new = solve_rows(lift(normal, penalty), right, penalty, self.notes)
         V = step(V, new, omega)
         return State(U, S, V), quadratic(V, normal, right), explained_apart(V, normal)
 

@@ -114,37 +114,38 @@ class Sweeper(ABC):
         factors = {name: factor.double() for name, factor in state.one(index).items()}
         return self.problems[index].objective_error(self.spec.to_dense(factors))
 
-    def swept(self, state: State, fitted: Tensor, apart: Tensor) -> Swept:
-        """Of ``|| A^ L ||^2 - 2 <A C, A^>`` and ``sum_k || M_k L ||^2`` of each problem."""
-        pairs = zip(apart.tolist(), self.energy, strict=True)
-        return Swept(state, self._errors(fitted, state), [part / energy for part, energy in pairs])
+    def swept(
+        self, state: State, objective: Tensor, apart: Tensor, penalty: Sequence[float]
+    ) -> Swept:
+        """Of :func:`quadratic` and :func:`explained_apart` with a lifted normal matrix.
 
-    def _errors(self, fitted: Tensor, state: State) -> list[float]:
-        """Relative errors from ``|| A^ L ||^2 - 2 <A C, A^>``, unless it has cancelled."""
-        errors = []
-        for index, value in enumerate(fitted.tolist()):
-            squared = 1.0 + value / self.energy[index]
+        Errors are those of ``|| A^ L ||^2 - 2 <A C, A^>``, unless it has cancelled.
+        """
+        errors, overlaps = [], []
+        values = zip(objective.tolist(), apart.tolist(), penalty, self.energy, strict=True)
+        for index, (fitted, lifted, share, energy) in enumerate(values):
+            overlap = lifted / (1.0 + share) / energy
+            squared = 1.0 + fitted / energy - share * overlap
             cancelled = squared < CANCELLATION[state.U.dtype]
             errors.append(self.error_of(state, index) if cancelled else math.sqrt(squared))
-        return errors
+            overlaps.append(overlap)
+        return Swept(state, errors, overlaps)
 
 
-def lifted(G: Tensor, penalty: Sequence[float]) -> Tensor:
-    """``G (k, ..., r, r)`` with its diagonals ``1 + penalty`` times as large.
+def lift(G: Tensor, penalty: Sequence[float]) -> Tensor:
+    """``G (k, ..., r, r)`` with its diagonals ``1 + penalty`` times as large, in place.
 
     That is all that a penalty on ``sum_k || M_k L ||^2`` takes: the squared norm of component ``k``
     is what the diagonals of Gram matrices, of factors and of their products with couplings, count.
     """
-    if not any(penalty):
-        return G
-    larger = G.clone()
-    scale = 1.0 + G.new_tensor(penalty).view(-1, *[1] * (G.ndim - 2))
-    larger.diagonal(dim1=-2, dim2=-1).mul_(scale)
-    return larger
+    if any(penalty):
+        scale = 1.0 + G.new_tensor(penalty).view(-1, *[1] * (G.ndim - 2))
+        G.diagonal(dim1=-2, dim2=-1).mul_(scale)
+    return G
 
 
 def explained_apart(X: Tensor, normal: Tensor) -> Tensor:
-    """``sum_k || M_k L ||^2`` of each problem, in float64; arguments of :func:`quadratic`."""
+    """``sum_t G_tt |x_t|^2`` of each problem, in float64; arguments of :func:`quadratic`."""
     squares = X.square().sum(2) * normal.diagonal(dim1=-2, dim2=-1)
     return squares.flatten(1).sum(1, dtype=torch.float64)
 

@@ -23,7 +23,7 @@ from blastnn.factorize.als_state import (
     Sweeper,
     Swept,
     explained_apart,
-    lifted,
+    lift,
     multiply,
     per_problem,
     quadratic,
@@ -73,7 +73,7 @@ class WeightedSweep(Sweeper):
 
     def sweep(self, state: State, omega: Sequence[float], penalty: Sequence[float]) -> Swept:
         """``V``, ``S`` and ``U`` in turn."""
-        gram = lifted(multiply(state.U.mT, state.U), penalty)  # (k, i, r, t)
+        gram = lift(multiply(state.U.mT, state.U), penalty)  # (k, i, r, t)
         V, moved = self._right(state, gram, omega, penalty)
         projected = multiply(self.target, V).unflatten(2, state.U.shape[1:3])  # Y_ij V_j
         products = _Products(V, moved)
@@ -81,10 +81,10 @@ class WeightedSweep(Sweeper):
         normal = self._left_gram(S, products)
         right = torch.zeros_like(state.U)
         add_coupled(projected, S.transpose(1, 2), right)
-        new = solve_rows(lifted(normal, penalty), right, penalty, self.notes)
+        new = solve_rows(lift(normal, penalty), right, penalty, self.notes)
         U = step(state.U, new, omega)
-        fitted, apart = quadratic(U, normal, right), explained_apart(U, normal)
-        return self.swept(State(U, S, V), fitted, apart)
+        objective, apart = quadratic(U, normal, right), explained_apart(U, normal)
+        return self.swept(State(U, S, V), objective, apart, penalty)
 
     def _right(
         self, state: State, gram: Tensor, omega: Sequence[float], penalty: Sequence[float]

@@ -180,15 +180,16 @@ def sweep_freely(
         coupling_steps: of :func:`descend_couplings`.
 
     Returns:
-        The new factors, ``|| A^ ||^2 - 2 <A, A^>`` and ``sum_k || M_k ||^2`` of each problem,
-        float64; None where the C++ does not serve, or a normal matrix was not positive definite.
+        The new factors, and ``|| A^ ||^2 - 2 <A, A^> + penalty P`` and ``(1 + penalty) P`` of each
+        problem, float64, where ``P`` sums the squared norms of the components; None where the C++
+        does not serve, or a normal matrix was not positive definite.
     """
     if not _is_native(rows):
         return None
-    *found, fitted, apart, failed = torch.ops.blastnn.sweep_freely(
+    *found, objective, apart, failed = torch.ops.blastnn.sweep_freely(
         rows, *factors, omega, penalty, ridge, coupling_steps
     )
-    return None if failed else (tuple(found), fitted, apart)
+    return None if failed else (tuple(found), objective, apart)
 
 
 def _times(W: Tensor, vector: Tensor) -> Tensor:

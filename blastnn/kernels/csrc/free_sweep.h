@@ -25,15 +25,13 @@ inline void relax(at::Tensor& exact, const at::Tensor& old, at::ArrayRef<double>
   }
 }
 
-// gram (k, ..., r, r) with the diagonals 1 + penalty times as large, a penalty for each problem.
-inline at::Tensor lifted(const at::Tensor& gram, at::ArrayRef<double> penalty) {
-  at::Tensor larger = gram.clone(at::MemoryFormat::Contiguous);
+// The diagonals of gram (k, ..., r, r) are to be 1 + penalty times as large, a penalty for each problem.
+inline void lift(at::Tensor& gram, at::ArrayRef<double> penalty) {
   long r = gram.size(-1), of_each = gram.numel() / (r * r * long(penalty.size()));
-  float* to = static_cast<float*>(larger.mutable_data_ptr());
+  float* to = static_cast<float*>(gram.mutable_data_ptr());
   for (double each : penalty)
     for (long matrix = 0; matrix < of_each; ++matrix, to += r * r)
       for (long t = 0; t < r; ++t) to[t * r + t] *= 1.0f + float(each);
-  return larger;
 }
 
 // right G^-1 by rows, with a ridge for each problem; whether a matrix was not positive definite.
@@ -78,7 +76,7 @@ inline at::Tensor explained_apart(const at::Tensor& x, const at::Tensor& gram) {
 }
 
 // rows (k, b1, p, b2 q), U (k, b1, p, r), S (k, b1, b2, r), V (k, b2, q, r), omega and penalty (k): the
-// new factors, the objective but for a constant (k) and without the penalty, what is penalised (k), and
+// new factors, the objective but for a constant (k), its sum over the lifted diagonal alone (k), and
 // whether a normal matrix was not positive definite, which makes them worthless.
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, bool> sweep_freely(
     const at::Tensor& rows, const at::Tensor& U, const at::Tensor& S, const at::Tensor& V,
@@ -98,7 +96,8 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, bo
   at::Tensor a = rows.flatten(0, 1), v = V.contiguous().flatten(0, 1), s = S.contiguous();
 
   std::vector<double> ridge(size_t(k), smallest);
-  at::Tensor gram = lifted(at::bmm(v.mT(), v).view({k, b2, r, r}), penalty);
+  at::Tensor gram = at::bmm(v.mT(), v).view({k, b2, r, r});
+  lift(gram, penalty);
   at::Tensor scaled = at::mul(v.view({k, 1, b2, q, r}), s.unsqueeze(3)).view({k * b1, b2 * q, r});
   at::Tensor right = at::bmm(a, scaled).view({k, b1, p, r});
   auto [left, left_failed] = solved(weighted_grams(gram, s), right, ridge);
@@ -114,7 +113,8 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, bo
   at::Tensor total = at::zeros_like(V, at::MemoryFormat::Contiguous);
   add_coupled(products, couplings, total);
   at::Tensor normal = weighted_grams(own, couplings.transpose(1, 2));
-  auto [found, found_failed] = solved(lifted(normal, penalty), total, ridge);
+  lift(normal, penalty);
+  auto [found, found_failed] = solved(normal, total, ridge);
   relax(found, V, omega);
   return {left, couplings, found, objective(found, normal, total), explained_apart(found, normal),
           left_failed || found_failed};
