@@ -32,13 +32,14 @@ from torch import Tensor
 from benchmarks.drawing import save
 from benchmarks.matrices import KINDS, made_up, real_weights
 from blastnn.factorize import FactorizationResult, factorize, precgd
+from blastnn.factorize.als_pace import Schedule
 from blastnn.kernels import normal_equations
 from blastnn.structures import STRUCTURES, Blast, Structure
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-SWEEPS = 40  # the default
+SWEEPS = Schedule.sweeps  # the default
 MOST_SWEEPS = 3000
 FEWER_STEPS = (30, 100)
 LARGE = ((4096, 4096), (11008, 4096))
@@ -147,7 +148,7 @@ def seconds_a_step(weight: Tensor, spec: Blast, steps: int) -> float:
     return (history[-1][0] - history[1][0]) / (steps - 1)
 
 
-def compare_large(m: int, n: int, steps: int = 3, sweeps: int = 40, blocks: int = 16) -> Row:
+def compare_large(m: int, n: int, steps: int = 3, sweeps: int = SWEEPS, blocks: int = 16) -> Row:
     """A few steps of Algorithm 2 and their time extrapolated to 300, and ``als``."""
     weight = made_up(m, n)
     spec = Blast.for_budget(m, n, m * n // 2, blocks=blocks)

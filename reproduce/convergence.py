@@ -22,6 +22,7 @@ from torch import Tensor
 
 from blastnn.errors import FactorizationError
 from blastnn.factorize import FactorizationResult, factorize
+from blastnn.factorize.als_pace import Schedule
 from blastnn.structures import Blast
 
 SIZE, BLOCKS, TRUE_RANK, RANKS = 256, (16, 16), 8, (8, 32)
@@ -30,9 +31,6 @@ DECAY, THEOREM, PRECGD, OURS = "GD, step decayed", "GD, Theorem 1", "PrecGD", "o
 LEVELS = tuple(10.0 ** (-k / 2) for k in range(1, 13))
 # The order of the first steps depends on the start more than on the method.
 FIRST_STEPS = 10
-# Ours eases a penalty over two thirds of the sweeps that it is given: with more it ends lower,
-# and reaches high levels later. It gets as many as it takes by default.
-OUR_SWEEPS = 40
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,11 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def compare(target: Tensor, rank: int, steps: int) -> list[Curve]:
-    """The four methods on one target, with ``steps`` steps each; ours with fewer."""
+    """The four methods on one target, with ``steps`` steps each; ours with fewer.
+
+    It eases a penalty over two thirds of the sweeps that it is given: with more it ends lower, and
+    reaches high levels later. It gets as many as it takes by default.
+    """
     torch.set_num_threads(1)  # waking threads costs tensors this small more than it gains
     spec = Blast(SIZE, SIZE, rank=rank, blocks=BLOCKS)
     factorize(target, spec, solver="precgd", steps=2)  # the first call of a process is slower
@@ -83,7 +85,7 @@ def compare(target: Tensor, rank: int, steps: int) -> list[Curve]:
         Curve.of(DECAY, _best_decayed(target, spec, steps)),
         Curve.of(THEOREM, factorize(target, spec, solver="gd", steps=steps)),
         Curve.of(PRECGD, factorize(target, spec, solver="precgd", steps=steps)),
-        Curve.of(OURS, factorize(target, spec, solver="als", sweeps=min(steps, OUR_SWEEPS))),
+        Curve.of(OURS, factorize(target, spec, solver="als", sweeps=min(steps, Schedule.sweeps))),
     ]
 
 
