@@ -19,8 +19,13 @@ from blastnn.errors import CheckpointError
 PART = ".part"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], again: str = "repeat the command with --resume"
+) -> None:
     """A safetensors file that appears under its name only once it is whole and on the disk.
+
+    Args:
+        again: what to do once there is room, for the error message.
 
     Raises:
         CheckpointError: it could not be written, for instance because the disk is full.
@@ -32,8 +37,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     except SafetensorError as error:
         part.unlink(missing_ok=True)
         raise CheckpointError(
-            f"{path} could not be written: {error}; make room or mend the disk, then repeat the "
-            "command with --resume"
+            f"{path} could not be written: {error}; make room or mend the disk, then {again}"
         ) from error
     _publish(part, path)
 

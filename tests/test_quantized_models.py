@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import blastnn
-from blastnn import cli
+from blastnn import cli, files
 from blastnn.compress.options import Options
 from blastnn.compress.quantize import quantize_checkpoint
 from blastnn.compress.run import RunOutcome
@@ -311,6 +312,22 @@ def test_quantize_refuses(source, plain, job, tmp_path):
     with pytest.raises(CheckpointError, match=r"up_proj.*factor U.*infinite"):
         quantize_checkpoint(broken, tmp_path / "out", "int4")
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_full_disk_says_how_to_go_on(plain, tmp_path, monkeypatch):
+    """``quantize`` begins anew: it has no ``--resume``."""
+
+    def full(*arguments: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", full)
+        with pytest.raises(CheckpointError, match="No space left.*empty .*out") as caught:
+            quantize_checkpoint(plain, tmp_path / "out", "int4")
+    assert "--resume" not in str(caught.value)
+    for left in (tmp_path / "out").iterdir():
+        left.unlink()
+    quantize_checkpoint(plain, tmp_path / "out", "int4")
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def quantize_checkpoint(
     for file, names in source.tensors.files.items():
         shard = _quantized_shard(source, names, quantization, rows)
         if shard:  # a layer whose factors lay apart is together now
-            write_tensors(output / file, shard)
+            write_tensors(output / file, shard, f"empty {output} and repeat the command")
     write_index(output, sorted(path.name for path in output.glob("*.safetensors")))
     copy_companions(folder, output)
     layers = {name: StoredLayer(layer.spec, quantization) for name, layer in source.layers.items()}
