@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -60,6 +60,25 @@ def nothing_by_default() -> Iterator[None]:
     with torch.device("meta"):
         assert torch.ones(2).is_meta
         yield
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    """Inside, torch makes float64 where no dtype is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+# What a caller may have switched on around a call that must not notice.
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "another default dtype": float64_by_default,
+}
 
 
 def hidden_entries(spec: Structure, factors: Factors) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from blastnn.kernels import native, normal_equations
 from blastnn.kernels.normal_equations import descend
 from blastnn.structures import Blast
 from tests.matrices import independent_error, moment_of, normal
+from tests.memory import CONTEXTS
 
 SPECS = [
     Blast(24, 18, rank=5, blocks=(4, 3)),
@@ -487,3 +488,16 @@ def test_each_problem_has_its_own_ridge_relative_to_its_own_diagonals():
     mean = G.diagonal(dim1=-2, dim2=-1).mean(-1)
     lift = mean * torch.tensor([0.5, 2.0])[:, None]
     torch.testing.assert_close(lower @ lower.mT, G + lift[..., None, None] * torch.eye(5))
+
+
+@both_kinds
+@pytest.mark.parametrize("context", sorted(CONTEXTS))
+def test_larger_matrices_do_not_notice_the_callers_context(weighted, context):
+    """Of a size at which the start is drawn, and the sweep's products are the library's."""
+    weight, spec = normal(200, 190, dtype=torch.float32), Blast(200, 190, rank=40, blocks=(2, 3))
+    moment = moment_of(190, 400) if weighted else None
+    expected = factorize(weight, spec, moment, sweeps=3)
+    with CONTEXTS[context]():
+        actual = factorize(weight.clone(), spec, moment, sweeps=3)
+    assert actual.relative_error == expected.relative_error
+    assert all(torch.equal(f, actual.factors[key]) for key, f in expected.factors.items())

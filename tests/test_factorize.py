@@ -34,7 +34,7 @@ from tests.matrices import (
     small_spec,
     specs_of,
 )
-from tests.memory import nothing_by_default, poisoned_memory
+from tests.memory import CONTEXTS, nothing_by_default, poisoned_memory
 
 FITTING = [
     (solver, name)
@@ -197,6 +197,18 @@ def test_every_tensor_is_made_on_the_device_of_the_weight(solver, structure, wei
     expected = quick(weight, spec, moment, solver=solver)
     with nothing_by_default():
         actual = quick(weight, spec, moment, solver=solver)
+    assert all(torch.equal(f, actual.factors[key]) for key, f in expected.factors.items())
+
+
+@with_and_without_data
+@pytest.mark.parametrize("context", sorted(CONTEXTS))
+def test_the_context_of_the_caller_changes_nothing(solver, structure, weighted, context):
+    spec = small_spec(structure, 33, 29)
+    weight = normal(33, 29, dtype=torch.float32)
+    moment = moment_of(29, 100) if weighted else None
+    expected = quick(weight, spec, moment, solver=solver)
+    with CONTEXTS[context]():
+        actual = quick(weight.clone(), spec, moment, solver=solver)
     assert all(torch.equal(f, actual.factors[key]) for key, f in expected.factors.items())
 
 

@@ -32,7 +32,12 @@ from tests.matrices import (
     random_factors,
     specs_of,
 )
-from tests.memory import assert_alike_in_poisoned_memory, hidden_entries, nothing_by_default
+from tests.memory import (
+    assert_alike_in_poisoned_memory,
+    float64_by_default,
+    hidden_entries,
+    nothing_by_default,
+)
 
 SHAPES = [(7, 7), (12, 20), (13, 11), (31, 9), (8, 37)]
 MANY_TOKENS = FEW_TOKENS + 7
@@ -254,6 +259,9 @@ def test_init_is_seeded_and_typed(spec, dtype, device):
     assert {f.device.type for f in once.values()} == {device}
     # The numbers are the seed's on every device.
     assert all(torch.equal(f.cpu(), spec.init(seed=3, dtype=dtype)[key]) for key, f in once.items())
+    with float64_by_default():
+        by_default = spec.init(seed=3, dtype=dtype)
+    assert all(torch.equal(f.cpu(), by_default[key]) for key, f in once.items())
     assert all(torch.equal(f, again[key]) for key, f in once.items())
     assert not all(torch.equal(f, other[key]) for key, f in once.items())
 

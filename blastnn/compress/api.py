@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from blastnn.arithmetic import plain_arithmetic
 from blastnn.compress.job import Job, Progress, prepare_job
 from blastnn.compress.options import Options
 from blastnn.compress.report import DEFAULT_TOKENS, JSON, write_report
@@ -19,6 +20,7 @@ from blastnn.models.source import DEMO
 LONG_ENOUGH = 40  # characters a token, of which no tokenizer needs so many
 
 
+@plain_arithmetic()
 def compress_checkpoint(
     path: str | Path,
     output: str | Path,

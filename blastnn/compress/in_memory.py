@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blastnn.arithmetic import plain_arithmetic
 from blastnn.compress.allocate import allocate
 from blastnn.compress.block import (
     KEEP,
@@ -58,7 +59,7 @@ class CompressionResult:
     records: list[LayerRecord]
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def compress(
     model: nn.Module,
     keep: float = 0.8,

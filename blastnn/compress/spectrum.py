@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from blastnn.arithmetic import DRAWN
 from blastnn.compress.moments import root_of
 from blastnn.errors import CalibrationError
 from blastnn.models.linears import dense_weight
@@ -238,7 +239,8 @@ def fisher_loss(output: Tensor, predictions: bool, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     flat = output.reshape(-1, output.shape[-1])
     if not predictions:
-        return (flat * torch.randn(flat.shape, generator=generator)).sum()
+        drawn = torch.randn(flat.shape, generator=generator, **DRAWN)
+        return (flat * drawn.to(flat.device)).sum()
     with torch.no_grad():
         labels = _drawn(flat.softmax(-1), generator)
     return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
@@ -250,5 +252,5 @@ def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     ``torch.multinomial`` draws a number for every probability, which takes ten times as long.
     """
     sums = probabilities.cumsum(-1)
-    at = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
+    at = torch.rand(len(sums), 1, generator=generator, **DRAWN).to(sums) * sums[:, -1:]
     return torch.searchsorted(sums, at, right=True)[:, 0].clamp(max=sums.shape[-1] - 1)

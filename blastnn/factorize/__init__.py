@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blastnn.arithmetic import plain_arithmetic
 from blastnn.errors import FactorizationError
 from blastnn.factorize.joint import JointResult, joint_low_rank
 from blastnn.factorize.problem import FLOATS, Problem, prepare, shifted_target
@@ -118,7 +119,7 @@ def factorize(
     return factorize_many([weight], spec, [second_moment], solver, seed, dtype, **options)[0]
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def factorize_many(
     weights: Sequence[Tensor],
     spec: Structure,

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from blastnn.arithmetic import DRAWN
 from blastnn.factorize.als_free import FreeSweep
 from blastnn.factorize.als_pace import Pace, Schedule
 from blastnn.factorize.als_state import ROUNDING, State, Sweeper, Swept
@@ -197,7 +198,7 @@ def _cut(P: Tensor, Q: Tensor, spec: Blast) -> State:
 def _disturbed(state: State, noise: float, seed: int) -> State:
     """``S + noise N(0, 1)``, the same for every problem."""
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(state.S.shape[1:], generator=generator, device="cpu").to(state.S)
+    normal = torch.randn(state.S.shape[1:], generator=generator, **DRAWN).to(state.S)
     return State(state.U, state.S + noise * normal, state.V)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from blastnn.arithmetic import DRAWN
 from blastnn.structures import GBLR
 from blastnn.structures.base import generator
 from blastnn.structures.gblr import FULL_BOXES
@@ -27,7 +28,7 @@ def full_boxes(spec: GBLR, seed: int, like: Tensor) -> Boxes:
     """Boxes that cover everything, at random locations: where each opens once it is narrowed."""
     numbers = {name: like.new_full((spec.rank,), value) for name, value in FULL_BOXES.items()}
     for stream, name in enumerate(WIDTHS.values()):
-        numbers[name] = torch.rand(spec.rank, generator=generator(seed, stream), device="cpu")
+        numbers[name] = torch.rand(spec.rank, generator=generator(seed, stream), **DRAWN)
     return {name: value.to(like) for name, value in numbers.items()}
 
 

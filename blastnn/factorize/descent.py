@@ -27,6 +27,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from blastnn.arithmetic import DRAWN
 from blastnn.errors import FactorizationError
 from blastnn.factorize.blocks import padded_rows
 from blastnn.factorize.problem import Problem
@@ -130,9 +131,9 @@ def _random_start(
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = spec.factor_shapes()
-    U = epsilon * torch.randn(shapes["U"], generator=generator, device="cpu")
-    V = epsilon * torch.randn(shapes["V"], generator=generator, device="cpu")
-    S = torch.rand(shapes["S"], generator=generator, device="cpu")
+    U = epsilon * torch.randn(shapes["U"], generator=generator, **DRAWN)
+    V = epsilon * torch.randn(shapes["V"], generator=generator, **DRAWN)
+    S = torch.rand(shapes["S"], generator=generator, **DRAWN)
     U, V = _without_padding(U, spec.out_features), _without_padding(V, spec.in_features)
     return U.to(like), S.to(like), V.to(like)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from blastnn.arithmetic import plain_arithmetic
 from blastnn.errors import FactorizationError
 from blastnn.factorize.problem import Problem, prepare
 from blastnn.factorize.svd import whitened_svd
@@ -36,7 +37,7 @@ class JointResult:
     relative_error: float
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def joint_low_rank(
     weights: Sequence[Tensor], rank: int, second_moment: Tensor | None = None
 ) -> JointResult:

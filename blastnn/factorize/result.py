@@ -16,7 +16,9 @@ class FactorizationResult:
         relative_error: ``|| (A - A^) L || / || A L ||`` of these very tensors (``L = I`` without a
             second moment), after the cast to the weight's dtype.
         history: ``(seconds, relative error)`` after each iteration, seconds since the call began;
-            the first pair is the initialisation where there is one.
+            the first pair is the initialisation where there is one. These errors are of what is
+            minimised: before the cast, and with the damping of a second moment, so that a fit which
+            is nearly exact on the inputs given has a larger error here.
         status: how the solver ended, in words.
         seconds: wall time of the whole call.
         solver: the registered name of the solver that ran.

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from blastnn.arithmetic import DRAWN
 from blastnn.factorize.problem import Problem
 from blastnn.factorize.result import Solution
 from blastnn.factorize.whiten import halves
@@ -60,7 +61,7 @@ def approximate_low_rank(
     weight = _whitened(problem).to(problem.compute_dtype)
     width = min(rank + oversampling, *weight.shape)
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(weight.shape[1], width, generator=generator, device="cpu").to(weight)
+    probe = torch.randn(weight.shape[1], width, generator=generator, **DRAWN).to(weight)
     basis = torch.linalg.qr(weight @ probe).Q
     for _ in range(passes):
         basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.mT @ basis).Q).Q

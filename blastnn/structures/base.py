@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from blastnn.arithmetic import DRAWN
 from blastnn.errors import StructureError
 
 Factors = Mapping[str, Tensor]
@@ -242,7 +243,7 @@ def seeded_normal(
     """Standard normal numbers that depend on the seed alone, not on the device or dtype."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
-    drawn = torch.randn(shape, generator=generator(seed, stream), device="cpu")
+    drawn = torch.randn(shape, generator=generator(seed, stream), **DRAWN)
     return drawn.to(device=device, dtype=dtype)
 
 
@@ -277,7 +278,6 @@ def is_seed(value: object) -> bool:
 def generator(seed: int, stream: int) -> torch.Generator:
     """A generator for one factor; neighbouring seeds share no numbers between factors.
 
-    It draws on the CPU, which has to be said wherever it is used: torch's default device may be
-    another one.
+    It is used with ``DRAWN``, which says what it draws: torch's defaults may be others.
     """
     return torch.Generator().manual_seed(seed * 1_000_003 + stream)

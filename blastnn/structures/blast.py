@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from blastnn.arithmetic import DRAWN
 from blastnn.structures.base import (
     Factors,
     generator,
@@ -124,5 +125,5 @@ def _uniform(
     """Uniform numbers on (0, 2) that depend on the seed alone."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
-    drawn = 2 * torch.rand(shape, generator=generator(seed, stream), device="cpu")
+    drawn = 2 * torch.rand(shape, generator=generator(seed, stream), **DRAWN)
     return drawn.to(device=device, dtype=dtype)

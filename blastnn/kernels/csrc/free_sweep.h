@@ -6,6 +6,7 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <vector>
 
@@ -92,6 +93,8 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, bo
            rows.size(3) == b2 * V.size(2) && omega.size() == size_t(k) && penalty.size() == size_t(k);
   }
   TORCH_CHECK(fits, "blastnn::sweep_freely: the matrices and the factors do not fit together");
+  // Products here must have the dtype that is written into their memory, autocast or not.
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   int64_t k = V.size(0), b1 = U.size(1), b2 = V.size(1), p = U.size(2), q = V.size(2), r = V.size(3);
   at::Tensor a = rows.flatten(0, 1), v = V.contiguous().flatten(0, 1), s = S.contiguous();
 
