@@ -3,6 +3,8 @@
 A choice is made once a session for each (structure, quantisation, device, dtype) and never changes
 within it, so that results repeat bit for bit. ``Choice`` tells what was chosen and why the others
 were not. While ``torch.export`` traces, the table is not asked: ``portable`` goes into every graph.
+Nor is it under the transforms of ``torch.func`` and forward-mode derivatives, which take a product
+apart: there the structure's own plain product serves.
 
 A kernel is a module with ``NAME``, ``obstacle(spec, device, dtype)`` and ``matmul(spec, x,
 factors)``. One that takes quantised factors as they are stored also has ``quantized_obstacle(spec,
@@ -16,6 +18,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from blastnn.errors import StructureError
 from blastnn.kernels import native, portable, reference, triton_blast
@@ -149,12 +152,19 @@ def matmul(
     check_operands(spec, x, factors, quantization)
     if torch.compiler.is_exporting():  # the graph must serve any token count, in any runtime
         return portable.matmul(spec, x, dequantize_factors(spec, factors, quantization, x.dtype))
+    if _transformed():
+        return spec.matmul(x, dequantize_factors(spec, factors, quantization, x.dtype))
     kernel = TABLE.get(device, OTHERWISE)[_place(number, device, x.dtype)]
     if quantization is None:
         y: Tensor = kernel.matmul(spec, x, factors)
     else:
         y = kernel.quantized_matmul(spec, quantization, x, factors)
     return y
+
+
+def _transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode derivatives, unknown to kernels, are at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def check_operands(
