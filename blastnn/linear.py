@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -102,19 +102,37 @@ class StructuredLinear(nn.Module):
     @property
     def factors(self) -> dict[str, Tensor]:
         """All factors by name, also one shared with another layer; the tensors, not copies."""
-        return {name: getattr(self._owners.get(name, self), name) for name in self._names}
+        if not self._owners:
+            return {name: getattr(self, name) for name in self._names}
+        return {name: getattr(self._holder(name), name) for name in self._names}
+
+    def _holder(self, name: str) -> StructuredLinear:
+        """The layer whose tensor a factor is: this one, or that at the end of those that share."""
+        layer = self
+        while name in layer._owners:
+            layer = layer._owners[name]
+        return layer
 
     def share(self, owner: StructuredLinear) -> None:
         """Use the right factor of ``owner`` from now on, and let go of one's own.
 
         Raises:
-            StructureError: the two factors differ in shape, one of the layers is quantised, or the
-                structure has no right factor.
+            StructureError: the two factors differ in shape, dtype or device, one of the layers is
+                quantised, the structure has no right factor, or that of ``owner`` is one's own.
         """
         shapes = [layer.spec.factor_shapes().get(RIGHT) for layer in (self, owner)]
         if None in shapes or shapes[0] != shapes[1] or self.quantization or owner.quantization:
             raise StructureError(f"{self} cannot use the factor {RIGHT} of {owner}")
-        delattr(self, RIGHT)
+        if owner._holder(RIGHT) is self:
+            raise StructureError(f"the factor {RIGHT} that {owner} uses is that of {self} itself")
+        own, other = self.factors[RIGHT], owner.factors[RIGHT]
+        if (own.dtype, own.device) != (other.dtype, other.device):
+            raise StructureError(
+                f"the factor {RIGHT} of {self} is {own.dtype} on {own.device}, but that of {owner} "
+                f"is {other.dtype} on {other.device}; move or cast one of the two layers"
+            )
+        if RIGHT in self._parameters:
+            delattr(self, RIGHT)
         self._owners = {RIGHT: owner}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,10 +156,13 @@ class StructuredLinear(nn.Module):
         """A layer that holds these very tensors; with ``quantization`` those that are stored.
 
         Raises:
-            StructureError: names, shapes or dtypes differ from the spec's.
+            StructureError: names, shapes or dtypes differ from the spec's; without quantisation all
+                factors have one floating-point dtype, but for whole numbers in index factors.
         """
+        _check_kinds(spec, factors, bias)
         if quantization is None:
             spec.check(factors)
+            _check_dtypes(spec, factors)
         else:
             check_stored(spec, factors, quantization)
         if bias is not None and tuple(bias.shape) != (spec.out_features,):
@@ -206,3 +227,29 @@ class StructuredLinear(nn.Module):
         """The spec, for ``print(model)``."""
         bits = "" if self.quantization is None else f", {self.quantization}"
         return f"{self.spec}, bias={self.bias is not None}{bits}"
+
+
+def _check_kinds(spec: Structure, factors: Factors, bias: Tensor | None) -> None:
+    """Raise StructureError unless these are a spec, tensors by name and a tensor."""
+    if not isinstance(spec, Structure):
+        raise StructureError(f"a layer needs a spec, but was given {spec!r}")
+    if not isinstance(factors, Mapping) or not all(isinstance(f, Tensor) for f in factors.values()):
+        raise StructureError(f"the factors of {spec} must be tensors by name, not {factors!r}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise StructureError(f"the bias of {spec} must be a tensor, not {bias!r}")
+
+
+def _check_dtypes(spec: Structure, factors: Factors) -> None:
+    """Raise StructureError unless index factors are whole numbers and all others of one dtype."""
+    numbers = {name: factors[name].dtype for name in spec.factor_shapes()}
+    if len({*numbers.values()}) > 1 or not all(
+        dtype.is_floating_point for dtype in numbers.values()
+    ):
+        raise StructureError(
+            f"the factors of {spec} must be of one floating-point dtype, but are {numbers}"
+        )
+    for name in spec.index_shapes():
+        if factors[name].dtype != torch.int64:
+            raise StructureError(
+                f"the factor {name} of {spec} must be torch.int64, but is {factors[name].dtype}"
+            )

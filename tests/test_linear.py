@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from blastnn.errors import FactorizationError, StructureError
 from blastnn.factorize import factorize
 from blastnn.linear import StructuredLinear
-from blastnn.structures import STRUCTURES, Structure
+from blastnn.structures import STRUCTURES, Blast, Structure
 from tests.matrices import describe, every_device, example_specs
 from tests.memory import assert_alike_in_poisoned_memory, nothing_by_default
 
@@ -20,6 +21,8 @@ SPECS = [structure.for_budget(22, 26, 22 * 26 // 2) for structure in STRUCTURES.
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 EXAMPLES = example_specs([(22, 26)], (0.5,))
 every_example = pytest.mark.parametrize("spec", EXAMPLES, ids=describe)
+# torch's own forward-mode decompositions still use what it has deprecated itself.
+old_decompositions = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 with_and_without_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 
 
@@ -100,6 +103,39 @@ def test_every_tensor_is_made_on_the_device_of_the_layer(spec, dtype):
     with nothing_by_default():
         actual = [layer(x[:, :2]), *torch.autograd.grad(layer(x), trained, ones)]
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+@every_spec
+@old_decompositions
+def test_function_transforms_and_forward_mode_see_the_dense_matrix(spec):
+    layer, x = StructuredLinear(spec, bias=False), inputs(spec)[0]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    dense = layer.to_dense().detach()
+    for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+        torch.testing.assert_close(jacobian(layer)(x[0]), dense, rtol=1e-5, atol=1e-5)
+    with forward_ad.dual_level():
+        y = layer(forward_ad.make_dual(x, torch.ones_like(x)))
+        tangent = forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(tangent, torch.ones_like(x) @ dense.T, rtol=1e-5, atol=1e-5)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    layer(x).square().sum().backward()
+    for name, value in layer.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), value.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@old_decompositions
+def test_function_transforms_of_a_quantised_layer(bits):
+    layer = StructuredLinear(Blast(22, 26, rank=6, blocks=(2, 2)), bias=False).quantized(bits)
+    found = torch.func.jacfwd(layer)(torch.ones(26))
+    torch.testing.assert_close(found, layer.to_dense(), rtol=1e-5, atol=1e-5)
 
 
 @every_spec
@@ -268,6 +304,28 @@ def test_from_factors_refuses_other_names_or_shapes(spec):
     ):
         with pytest.raises(StructureError, match=first):
             StructuredLinear.from_factors(spec, wrong)
+
+
+@every_spec
+def test_from_factors_refuses_other_dtypes_and_kinds(spec):
+    factors = spec.init()
+    first = next(iter(factors))
+    for dtype in (torch.int64, torch.float64):
+        wrong = {**factors, first: factors[first].to(dtype)}
+        if dtype == torch.float64 and len(spec.factor_shapes()) == 1:
+            continue  # all factors are of one dtype
+        with pytest.raises(StructureError, match="one floating-point dtype"):
+            StructuredLinear.from_factors(spec, wrong)
+    for name in spec.index_shapes():
+        with pytest.raises(StructureError, match=f"{name}.* must be torch.int64"):
+            StructuredLinear.from_factors(spec, {**factors, name: factors[name].float()})
+    for kind in (None, [1], {first: [1.0]}):
+        with pytest.raises(StructureError, match="tensors by name"):
+            StructuredLinear.from_factors(spec, kind)
+    with pytest.raises(StructureError, match="bias"):
+        StructuredLinear.from_factors(spec, factors, [0.0] * spec.out_features)
+    with pytest.raises(StructureError, match="needs a spec"):
+        StructuredLinear.from_factors(None, factors)
 
 
 @every_spec

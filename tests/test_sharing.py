@@ -109,6 +109,29 @@ def test_what_does_not_match_cannot_be_shared():
             layer.share(StructuredLinear(spec))
 
 
+def test_users_of_users_use_one_tensor():
+    """In whatever order they were told to; nobody ends as a user of nothing."""
+    x, order = torch.randn(2, 6), [(1, 0), (2, 1)]
+    for steps in (order, order[::-1], [*order, *order]):
+        layers = [StructuredLinear(LowRank(m, 6, 3)) for m in (4, 5, 3)]
+        for user, owner in steps:
+            layers[user].share(layers[owner])
+        assert all(layer.factors["V"] is layers[0].V for layer in layers)
+        assert [layer(x).shape[-1] for layer in layers] == [4, 5, 3]
+        assert [len(list(layer.parameters())) for layer in layers] == [3, 2, 2]
+        for owner in layers:
+            with pytest.raises(StructureError, match="itself"):
+                layers[0].share(owner)
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_factors_of_another_dtype_or_device_cannot_be_shared(other):
+    layer = StructuredLinear(LowRank(4, 6, 3))
+    with pytest.raises(StructureError, match="move or cast"):
+        layer.share(StructuredLinear(LowRank(4, 6, 3), **other))
+    assert layer(torch.randn(2, 6)).shape == (2, 4)
+
+
 # The fit.
 
 
