@@ -104,9 +104,9 @@ class StructuredLinear(nn.Module):
         """All factors by name, also one shared with another layer; the tensors, not copies."""
         if not self._owners:
             return {name: getattr(self, name) for name in self._names}
-        return {name: getattr(self._holder(name), name) for name in self._names}
+        return {name: getattr(self.holder(name), name) for name in self._names}
 
-    def _holder(self, name: str) -> StructuredLinear:
+    def holder(self, name: str) -> StructuredLinear:
         """The layer whose tensor a factor is: this one, or that at the end of those that share."""
         layer = self
         while name in layer._owners:
@@ -123,7 +123,7 @@ class StructuredLinear(nn.Module):
         shapes = [layer.spec.factor_shapes().get(RIGHT) for layer in (self, owner)]
         if None in shapes or shapes[0] != shapes[1] or self.quantization or owner.quantization:
             raise StructureError(f"{self} cannot use the factor {RIGHT} of {owner}")
-        if owner._holder(RIGHT) is self:
+        if owner.holder(RIGHT) is self:
             raise StructureError(f"the factor {RIGHT} that {owner} uses is that of {self} itself")
         own, other = self.factors[RIGHT], owner.factors[RIGHT]
         if (own.dtype, own.device) != (other.dtype, other.device):
@@ -135,9 +135,9 @@ class StructuredLinear(nn.Module):
             delattr(self, RIGHT)
         self._owners = {RIGHT: owner}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (as in torch.nn.Linear)
         """``(..., in_features)`` to ``(..., out_features)``."""
-        y = matmul(self.spec, self._number, x, self.factors, self.quantization)
+        y = matmul(self.spec, self._number, input, self.factors, self.quantization)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast lowers y alone
 
     def to_dense(self) -> Tensor:

@@ -123,7 +123,9 @@ def test_weights_are_stored_once_and_outside_when_asked(tmp_path: Path) -> None:
         assert written.num_bytes < 1.1 * written.tensor_bytes + 16_384
         assert str(Path.home()) not in written.path.read_bytes().decode("latin-1")
     onnx.checker.check_model(str(written.path), full_check=True)
-    (found,) = open_session(written.path, 1).run(None, {"x": random_input(7, 200).half().numpy()})
+    (found,) = open_session(written.path, 1).run(
+        None, {"input": random_input(7, 200).half().numpy()}
+    )
     assert found.dtype == numpy.float16
 
 

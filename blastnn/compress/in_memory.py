@@ -38,12 +38,13 @@ from blastnn.compress.refine import require_windows
 from blastnn.compress.sharing import share_inputs
 from blastnn.compress.spectrum import measure_whole
 from blastnn.compress.streams import Streams
-from blastnn.errors import CalibrationError, PlanError
+from blastnn.errors import BlastnnError, CalibrationError, PlanError
 from blastnn.evaluate.probe import probe_arguments
+from blastnn.integrations.transformers import describe
 from blastnn.linear import StructuredLinear
 from blastnn.models.context import window_length
 from blastnn.models.families import FAMILIES
-from blastnn.models.linears import dense_weight
+from blastnn.models.linears import dense_weight, find_tied, input_of, replace_module
 from blastnn.models.skeleton import find_blocks
 from blastnn.models.walk import capture_input, first_tensor, record_calls
 
@@ -88,21 +89,45 @@ def compress(
         )
     check_names(choices)
     options = Options(keep=keep, **choices)
-    batches = None if calibration is None else list(calibration)
-    if any(isinstance(batch, Tensor) and not batch.numel() for batch in batches or ()):
-        raise CalibrationError("a batch of the calibration is empty; leave it out")
+    batches = None if calibration is None else _batches(calibration)
     require_windows(options, 0 if batches is None else len(batches))
     if batches is not None and not batches:
         raise CalibrationError("calibration holds no batch; pass None for no data")
-    training = model.training
+    modes = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
     copied = copy.deepcopy(model).eval()
     if _walkable(model, batches):
         assert isinstance(copied, PreTrainedModel)
         outcome = _by_blocks(copied, options, batches)
     else:
         outcome = _as_one_block(copied, options, batches)
-    outcome.model.train(training)
+    for name, module in outcome.model.named_modules(remove_duplicate=False):
+        module.training = modes[name]
+    if isinstance(outcome.model, PreTrainedModel):
+        describe(outcome.model)
     return outcome
+
+
+def _batches(calibration: Iterable[Batch]) -> list[Batch]:
+    """The batches as a list.
+
+    Raises:
+        CalibrationError: one is no batch, or empty.
+    """
+    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            "calibration must be several batches, such as [inputs], but is a "
+            f"{type(calibration).__name__}"
+        )
+    batches = list(calibration)
+    for batch in batches:
+        if not isinstance(batch, Tensor | tuple | Mapping):
+            raise CalibrationError(
+                "a batch of the calibration must be a tensor, a tuple of arguments or a dict of "
+                f"keyword arguments, but one is a {type(batch).__name__}"
+            )
+        if isinstance(batch, Tensor) and not batch.numel():
+            raise CalibrationError("a batch of the calibration is empty; leave it out")
+    return batches
 
 
 def _walkable(model: nn.Module, batches: list[Batch] | None) -> bool:
@@ -123,12 +148,9 @@ def _by_blocks(
     model: PreTrainedModel, options: Options, batches: list[Batch] | None
 ) -> CompressionResult:
     blocks = find_blocks(model)
-    for length in {batch.shape[1] for batch in batches or () if isinstance(batch, Tensor)}:
-        if length > (longest := window_length(model.config, length)):
-            raise CalibrationError(
-                f"the calibration batches have {length} tokens in a row, but the model has "
-                f"positions for {longest}; cut them"
-            )
+    for batch in batches or ():
+        assert isinstance(batch, Tensor)
+        _check_ids(model, batch)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     plan = make_plan(model, [block.name for block in blocks], options, None, tied)
     plan = share_inputs(plan) if options.joint else plan
@@ -152,11 +174,29 @@ def _by_blocks(
         weight = leaving.get(block.name)
         plans = plan.of_block(index)
         outcome = compressor.run(block.module, calls, plans, streams, of_block, weight)
-        _replace(model, block.name, outcome.module)
+        replace_module(model, block.name, outcome.module)
         records += outcome.records
     records += [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.block is None]
     _cast_back(model, dtypes)
     return CompressionResult(model, plan, records)
+
+
+def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+    """Refuse what is no batch of token ids of the model, or longer than its positions."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise CalibrationError(f"token ids must be whole numbers, but the batches are {ids.dtype}")
+    words = model.get_input_embeddings().weight.shape[0]
+    if int(ids.min()) < 0 or int(ids.max()) >= words:
+        raise CalibrationError(
+            f"token ids must be from 0 to {words - 1}, but the calibration has some from "
+            f"{int(ids.min())} to {int(ids.max())}; is it the tokenizer of another model?"
+        )
+    length = ids.shape[1]
+    if length > (longest := window_length(model.config, length)):
+        raise CalibrationError(
+            f"the calibration batches have {length} tokens in a row, but the model has "
+            f"positions for {longest}; cut them"
+        )
 
 
 def _dtypes(model: nn.Module) -> dict[str, torch.dtype]:
@@ -187,7 +227,7 @@ def _as_one_block(
             "only models that are walked block by block can be refined: a transformers model of a "
             f"known family ({', '.join(sorted(FAMILIES))}), with batches of token ids of one shape"
         )
-    plan = make_plan(model, [""], options, None, [])
+    plan = make_plan(model, [""], options, None, [], find_tied(model))
     plan, outputs, _ = _measured(model, plan, options, batches, [])
     wanted = list(plan.compressed)
     moments = None if batches is None else _dense_moments(model, wanted, batches, options.moment)
@@ -203,7 +243,7 @@ def _as_one_block(
         seen = None if moments is None else moments[layer.name]
         dtype = dense_weight(old).dtype
         fitted, fields = fit_layer(old, layer, seen, outputs.get(layer.name), options, dtype)
-        _replace(model, layer.name, fitted.to(dtype))
+        model = replace_module(model, layer.name, fitted.to(dtype))
         records.append(LayerRecord(layer.name, "compressed", **fields))
     return CompressionResult(model, plan, records)
 
@@ -248,12 +288,15 @@ def _dense_moments(
 ) -> dict[str, Moments]:
     sums: dict[str, MomentSum] = {}
 
-    def gather(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().float()
+    def gather(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = input_of(args, kwargs).detach().float()
         sums.setdefault(name, MomentSum(moment)).add(x.reshape(-1, x.shape[-1]))
 
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
-    hooks = [m.register_forward_pre_hook(partial(gather, name)) for name, m in modules.items()]
+    hooks = [
+        module.register_forward_pre_hook(partial(gather, name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
     try:
         for batch in batches:
             _call(model, batch)
@@ -264,11 +307,13 @@ def _dense_moments(
 
 
 def _call(model: nn.Module, batch: Batch) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, module)
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple) else model(batch)
+    except BlastnnError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CalibrationError(
+            f"the model cannot be run on a batch of the calibration: {error}"
+        ) from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from blastnn.compress.moments import Moments, MomentSum
+from blastnn.models.linears import input_of
 from blastnn.models.walk import Call, StopForward
 
 END = ""  # in place of a module's name: what leaves the block
@@ -172,7 +173,10 @@ def look_at(
 @contextmanager
 def _before(module: nn.Module, hear: Callable[[Tensor], None]) -> Iterator[None]:
     """Tell of every input of a module."""
-    with _removed(module.register_forward_pre_hook(lambda _, args: hear(args[0]))):
+    hook = module.register_forward_pre_hook(
+        lambda _, args, kwargs: hear(input_of(args, kwargs)), with_kwargs=True
+    )
+    with _removed(hook):
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,7 +17,12 @@ from blastnn.structures import Structure, structure_named
 
 
 def make_plan(
-    model: nn.Module, blocks: list[str], options: Options, head: str | None, tied: Iterable[str]
+    model: nn.Module,
+    blocks: list[str],
+    options: Options,
+    head: str | None,
+    tied: Iterable[str],
+    obstacles: Mapping[str, str] | None = None,
 ) -> Plan:
     """The uniform plan: every targeted layer keeps the same share of its parameters.
 
@@ -27,6 +32,7 @@ def make_plan(
         options: ``keep``, ``of``, ``structure``, ``blocks`` and ``targets`` are used.
         head: the name of the output layer, which may be targeted although it is in no block.
         tied: names of parameters that only repeat another one.
+        obstacles: further layers that stay dense, by name, and why.
 
     Raises:
         PlanError: a pattern that matches nothing, or a budget that cannot be met.
@@ -34,6 +40,7 @@ def make_plan(
     """
     linears = find_linears(model)
     reasons = {info.name: _reason(info, blocks, options.targets, head) for info in linears}
+    reasons |= {name: reasons[name] or why for name, why in (obstacles or {}).items()}
     _check_patterns(model, linears, blocks, options.targets)
     chosen = [info for info in linears if reasons[info.name] is None]
     if not chosen:

@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from blastnn.arithmetic import DRAWN
 from blastnn.compress.moments import root_of
 from blastnn.errors import CalibrationError
-from blastnn.models.linears import dense_weight
+from blastnn.models.linears import dense_weight, input_of
 from blastnn.models.walk import first_tensor
 
 Spectra = dict[str, list[float]]  # layer name -> falling squared singular values, nats per token
@@ -76,7 +76,9 @@ def measure_whole(
         for block in leaving.values():
             stack.enter_context(block)
         for index, run in enumerate(runs):
-            fisher_loss(run(), predictions, seed + index).backward()
+            loss = fisher_loss(run(), predictions, seed + index)
+            if loss.requires_grad:  # else no layer was called
+                loss.backward()
     reached = {name: total for name, total in sums.items() if total.reached}
     outputs = {name: total.outputs() for name, total in reached.items()}
     return Measurement(
@@ -106,13 +108,16 @@ class LayerSum:
         self.reached = False
 
     def __enter__(self) -> None:
-        self._hook: Any = self._layer.register_forward_hook(self._listen)
+        self._hook: Any = self._layer.register_forward_hook(self._listen, with_kwargs=True)
 
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
 
-    def _listen(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0].detach().float().reshape(-1, args[0].shape[-1])
+    def _listen(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor:
+        given = input_of(args, kwargs)
+        x = given.detach().float().reshape(-1, given.shape[-1])
         self._tokens += len(x)
         forward = x @ self._weight.mT if self._by_outputs else x
         self._forward += forward.mT @ forward

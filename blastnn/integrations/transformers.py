@@ -22,9 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from blastnn.checkpoint import (
     METHOD,
     QUANTIZED,
+    StoredLayer,
     check_factors,
     install_layers,
     parse_layers,
+    quantization_config,
     read_layers,
 )
 from blastnn.errors import CheckpointError
@@ -33,6 +35,7 @@ from blastnn.kernels import fix_choices
 from blastnn.kernels.explain import FILE as KERNELS_FILE
 from blastnn.linear import StructuredLinear
 from blastnn.models.tensors import TensorFolder, find_name
+from blastnn.structures.stack import RIGHT
 
 
 @register_quantization_config(METHOD)
@@ -105,6 +108,24 @@ def _mark_parents(model: PreTrainedModel) -> None:
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if not own and any(isinstance(child, StructuredLinear) for child in module.children()):
             module._is_hf_initialized = True
+
+
+def describe(model: PreTrainedModel) -> None:
+    """Write the specs of a model's structured layers into its configuration.
+
+    ``save_pretrained`` then makes a folder that ``load_model`` and ``from_pretrained`` read.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, StructuredLinear)}
+    if not found:
+        return
+    names = {id(layer): name for name, layer in found.items()}
+    layers = {}
+    for name, layer in found.items():
+        holder = layer.holder(RIGHT)
+        shared = None if holder is layer else names[id(holder)]
+        layers[name] = StoredLayer(layer.spec, layer.quantization, shared)
+    entry = quantization_config(layers)
+    model.config.quantization_config = BlastnnConfig(entry["layers"], entry["format"])
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

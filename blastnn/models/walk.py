@@ -7,7 +7,7 @@ shared block several times), with which further arguments, and what a block retu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +53,19 @@ class StopForward(Exception):  # noqa: N818 (not an error: a signal)
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states of a block's output: the tensor itself or the first of a tuple."""
-    return output if isinstance(output, Tensor) else output[0]
+    """The hidden states of a block's output: the tensor itself, or the first of several.
+
+    Raises:
+        ModelError: there is none.
+    """
+    parts = output.values() if isinstance(output, Mapping) else output
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(parts, Iterable):
+        for part in parts:
+            if isinstance(part, Tensor):
+                return part
+    raise ModelError(f"a model or block must return tensors, but returned {type(output)}")
 
 
 def record_calls(run: Callable[[], Any], blocks: Sequence[Block]) -> Trace:
