@@ -43,3 +43,8 @@ class MeasurementError(BlastnnError):
 
 class ExportError(BlastnnError):
     """A model that another runtime cannot take, or a file that it cannot be written to."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,14 @@ from safetensors.torch import load_file, save_file
 import blastnn
 from blastnn import cli, files
 from blastnn.compress.options import Options
-from blastnn.errors import BlastnnError, CheckpointError, ModelError, PlanError, ResumeError
+from blastnn.errors import (
+    BlastnnError,
+    CheckpointError,
+    DtypeError,
+    ModelError,
+    PlanError,
+    ResumeError,
+)
 from tests.made_up import TEXT, make_folder, make_model
 from tests.test_end_to_end import compress, weights_digest
 
@@ -265,3 +272,44 @@ def test_the_command_line_prints_one_line(
         assert stopped.value.code == 2
         assert error.startswith("error: ")
         assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ([], "names no model_type"),
+        ({}, "names no model_type"),
+        ({"model_type": "llama"}, "cannot be loaded"),
+        ({"model_type": "llama", "architectures": [3]}, "cannot be loaded"),
+        ({"model_type": "llama", "architectures": ["AutoConfig"]}, "cannot be loaded"),
+        ({"model_type": "llama", "architectures": "LlamaModel"}, "cannot be loaded"),
+    ],
+    ids=["list", "empty", "no weights", "number", "no model", "text"],
+)
+def test_folders_that_are_no_model_are_not_loaded(
+    tmp_path: Path, config: object, words: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=words):
+        blastnn.load_model(tmp_path)
+
+
+def test_dense_weights_that_are_missing_are_not_made_up(source: Path, tmp_path: Path) -> None:
+    model = blastnn.load_model(source)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[LAYER]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=LAYER):
+        blastnn.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int8, 3])
+def test_a_dtype_that_is_none(source: Path, dtype: object) -> None:
+    with pytest.raises(DtypeError, match="floating-point"):
+        blastnn.load_model(source, dtype=dtype)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_none() -> None:
+    with pytest.raises(CheckpointError, match="None"):
+        blastnn.load_model(None)  # type: ignore[arg-type]

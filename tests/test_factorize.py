@@ -21,10 +21,11 @@ from blastnn.factorize import (
     choose_solver,
     explain_solver,
     factorize,
+    factorize_many,
     shifted_target,
     solver_options,
 )
-from blastnn.structures import STRUCTURES, Blast, LowRank, Structure
+from blastnn.structures import GBLR, STRUCTURES, Blast, Channels, LowRank, Structure, Sum
 from tests.matrices import (
     every_device,
     independent_error,
@@ -732,3 +733,37 @@ def test_the_shifted_target_leaves_the_best_fit_unchanged():
 def test_the_shifted_target_refuses_a_singular_moment():
     with pytest.raises(FactorizationError, match="damping"):
         shifted_target(normal(4, 6), torch.zeros(6, 6, dtype=torch.float64), moment_of(6, 20))
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "words"),
+    [
+        (Blast(12, 10, 3, (2, 2)), {"solver": ["als"]}, "unknown solver"),
+        (Blast(12, 10, 3, (2, 2)), {"solver": "gd", "epsilon": "a"}, "epsilon .* must be float"),
+        (Blast(12, 10, 3, (2, 2)), {"solver": "precgd", "epsilon": None}, "must be float"),
+        (Blast(12, 10, 3, (2, 2)), {"solver": "gd", "schedule": 3}, "must be str"),
+        (GBLR(12, 10, 3), {"nonzeros": "0.5"}, "nonzeros .* must be float"),
+        (GBLR(12, 10, 3), {"nonzeros": True}, "nonzeros .* must be float"),
+        (Channels(12, 10, 3), {"kept": [0, 1, 2]}, "kept .* must be Tensor"),
+        (Channels(12, 10, 3), {"refit": "no"}, "refit .* must be bool"),
+    ],
+    ids=str,
+)
+def test_options_of_another_kind(spec, options, words):
+    with pytest.raises(FactorizationError, match=words):
+        factorize(normal(12, 10), spec, **options)
+
+
+@pytest.mark.parametrize(
+    ("weights", "moments"), [(None, None), (3, None), ([normal(12, 10)], 3)], ids=str
+)
+def test_many_of_what_is_no_matrix(weights, moments):
+    with pytest.raises(FactorizationError, match="must be"):
+        factorize_many(weights, LowRank(12, 10, 3), moments)
+
+
+def test_no_rounds_leave_zero():
+    spec = Sum.for_budget(12, 10, 60)
+    result = factorize(normal(12, 10), spec, rounds=0)
+    assert result.relative_error == 1.0
+    assert [error for _, error in result.history] == [1.0]

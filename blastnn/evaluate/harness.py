@@ -22,10 +22,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blastnn.errors import MeasurementError
+from blastnn.errors import MeasurementError, first_line
 from blastnn.evaluate.packed import Answer, Request, alone, obstacle, packed
 from blastnn.evaluate.task_rows import SPLIT, TASKS, RowSource, digest
-from blastnn.integrations.export import first_line
 
 Step = Callable[[int, int], None]  # requests that are done, and all of them
 VERSION = version("lm_eval")

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blastnn.errors import MeasurementError
+from blastnn.errors import MeasurementError, first_line
 from blastnn.files import sha256_of_text
-from blastnn.integrations.export import first_line
 from blastnn.models.packages import Package, unpack
 
 PACKAGE = Package(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def choose_solver(spec: Structure, solver: str = "auto", *, weighted: bool = Fal
     """
     if solver == "auto":
         solver = fitting_solvers(type(spec))[0]
-    if solver not in SOLVERS:
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise FactorizationError(f"unknown solver {solver!r}; choose from auto, {sorted(SOLVERS)}")
     module = SOLVERS[solver]
     fitting = sorted(fitting_solvers(type(spec)))
@@ -164,6 +164,10 @@ def _one_each(
 ) -> Sequence[Tensor | None]:
     if moments is None or (isinstance(moments, Tensor) and moments.ndim == 2):
         return [moments] * count
+    if not isinstance(moments, Tensor | Sequence):
+        raise FactorizationError(
+            f"second_moments must be tensors, one for each weight or one for all, not {moments!r}"
+        )
     if len(moments) != count:
         raise FactorizationError(
             f"give a second moment for each of the {count} weights, or one for all of them, "
@@ -176,6 +180,10 @@ def _check_kinds(weights: Sequence[Tensor], spec: Structure, dtype: torch.dtype 
     """Arguments of the wrong kind are named before anything else looks at them."""
     if not isinstance(spec, Structure):
         raise FactorizationError(f"spec must be a structure such as Blast(...), but is {spec!r}")
+    if not isinstance(weights, Tensor | Sequence):
+        raise FactorizationError(
+            f"weights must be a sequence of matrices or one tensor of them, not {weights!r}"
+        )
     for weight in weights:
         if not isinstance(weight, Tensor):
             raise FactorizationError(
@@ -260,6 +268,21 @@ def _check_options(solver: str, options: dict[str, Any]) -> None:
         value = options[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise FactorizationError(f"{name} must be a whole number of at least 0, not {value!r}")
+    hints = get_type_hints(SOLVERS[solver].solve)
+    for name, value in options.items():
+        kinds = get_args(hints[name]) or (hints[name],)
+        if not any(_is_a(value, kind) for kind in kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise FactorizationError(
+                f"{name} of solver {solver!r} must be {wanted}, but is {value!r}"
+            )
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Whether an option is of a kind; a whole number is a float, truth is no number."""
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _zero_solution(problem: Problem, spec: Structure) -> Solution:

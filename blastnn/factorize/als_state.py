@@ -22,7 +22,8 @@ from blastnn.structures import Blast
 SMALLEST_RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}
 # Below this squared relative error the normal-equation value of the objective has cancelled.
 CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-13}
-# By how much that value is off, at the most.
+# By how much that value is off, as a rule at the most; more where components cancel each other, as
+# the overlap tells. No more follows from it than when an apparent rise is worth a second look.
 ROUNDING = {torch.float32: 4e-6, torch.float64: 1e-14}
 
 

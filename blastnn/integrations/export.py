@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from blastnn.errors import BlastnnError, ExportError
+from blastnn.errors import BlastnnError, ExportError, first_line
 from blastnn.integrations.transformers import is_causal
 
 CHATTER = (r"`isinstance\(treespec", "torchvision is not installed")
@@ -140,8 +140,3 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logger.removeFilter(wanted)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

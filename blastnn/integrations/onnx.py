@@ -20,9 +20,9 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from blastnn.dtypes import dtype_named
-from blastnn.errors import ExportError
+from blastnn.errors import ExportError, first_line
 from blastnn.integrations.export import export_program as export_program
-from blastnn.integrations.export import first_line, quietly
+from blastnn.integrations.export import quietly
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 DTYPES = {name: dtype_named(name) for name in ("float32", "float16")}

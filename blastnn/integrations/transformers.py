@@ -8,6 +8,7 @@ against its spec, because transformers itself would initialise what is missing a
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from blastnn.checkpoint import (
     quantization_config,
     read_layers,
 )
-from blastnn.errors import CheckpointError
+from blastnn.errors import CheckpointError, DtypeError, first_line
 from blastnn.files import read_json
 from blastnn.kernels import fix_choices
 from blastnn.kernels.explain import FILE as KERNELS_FILE
@@ -132,23 +133,48 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
     """A model folder, compressed or dense, as the class that its ``config.json`` names.
 
     Raises:
-        CheckpointError: a broken folder.
+        CheckpointError: a broken folder, or one without all weights of its architecture.
+        DtypeError: ``dtype`` is no floating-point dtype.
     """
+    if not isinstance(folder, str | Path):
+        raise CheckpointError(f"a model folder is named by a path, not by {folder!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise DtypeError(f"dtype must be a floating-point torch.dtype, but is {dtype!r}")
     folder = Path(folder)
     config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise CheckpointError(f"{folder / 'config.json'} names no model_type")
     if "quantization_config" in config:
         read_layers(folder)
         use_measured_kernels(folder)
-    names = config.get("architectures") or [None]
-    model_class = getattr(transformers, names[0] or "", None) or AutoModel
     options = {"dtype": dtype if dtype is not None else "auto", "use_safetensors": True}
     try:
-        model = model_class.from_pretrained(folder, trust_remote_code=False, **options)
+        model, loading = _class_of(config).from_pretrained(
+            folder, trust_remote_code=False, output_loading_info=True, **options
+        )
     except SafetensorError as error:
         raise CheckpointError(
             f"a weight file of {folder} is damaged or cut off: {error}; fetch it again"
         ) from error
-    return model.eval()
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} has no tensor for {missing[0]} and {len(missing) - 1} more of "
+            f"{type(model).__name__}, which would be random numbers; the folder is incomplete"
+        )
+    model.eval()
+    return model
+
+
+def _class_of(config: Mapping[str, Any]) -> Any:
+    """The model class that a configuration names; ``AutoModel`` where it names none."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    return AutoModel
 
 
 def use_measured_kernels(folder: Path) -> None:

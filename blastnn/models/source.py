@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from blastnn.errors import CheckpointError, ModelError
+from blastnn.errors import CheckpointError, ModelError, first_line
 from blastnn.files import read_json
 from blastnn.models.tensors import TensorFolder
 
@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
 
 
@@ -109,7 +109,7 @@ def read_config(path: Path) -> PreTrainedConfig:
         raise ModelError(
             f"{path / 'config.json'}: transformers cannot build the architecture "
             f"{values['model_type']!r} without executing code from the folder: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -122,7 +122,7 @@ def _from_hub(model: str, say: Say) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"{model!r} is no folder here and could not be downloaded: {reason}"
         ) from error
