@@ -38,7 +38,7 @@ Blocks = Annotated[
     str | None,
     typer.Option(
         help="block counts, b or b1xb2, of structures that have blocks; default: for blast the "
-        "preset's (8), else the structure's own (blast: 4)"
+        "preset's (8), else the structure's own (4)"
     ),
 ]
 Targets = Annotated[list[str] | None, typer.Option(help="pattern of layer names; repeatable")]
@@ -122,6 +122,9 @@ Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="compile t
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 
 
+DECIDED_BY_PLAN = ("keep", "structure", "joint", "coupled", "of", "blocks", "targets", "allocation")
+
+
 @dataclass(frozen=True)
 class _BudgetChoices:
     keep: Share = None
@@ -164,6 +167,19 @@ class _FitChoices:
 @dataclass(frozen=True)
 class PlanChoices(_TargetChoices, _BudgetChoices):
     """What decides a plan: a preset, and the fields of ``Options`` that replace its values."""
+
+    def refuse_beside_plan(self) -> None:
+        """Refuse what a plan file decides already.
+
+        Raises:
+            PlanError: names the option.
+        """
+        for name in DECIDED_BY_PLAN:
+            if getattr(self, name, None):
+                raise PlanError(
+                    f"the plan file decides what becomes of each layer; leave --{name} out, or "
+                    "make a plan with it (blastnn plan)"
+                )
 
 
 @dataclass(frozen=True)

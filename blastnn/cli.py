@@ -52,6 +52,8 @@ def compress(
     from blastnn.compress.job import prepare_job
     from blastnn.display import make_progress, print_plan, print_summary
 
+    if plan is not None:
+        choices.refuse_beside_plan()
     options, texts = choices.options(), parse_calibration(calibration)
     if dry_run:
         drafted = draft_job(model, options, plan) if texts is None else None
@@ -120,6 +122,7 @@ def evaluate(
 
     if not text and not task:
         raise PlanError("give --text FILE, --task NAME, or both")
+    _refuse_alone("--limit", limit, "--task", task)
     if task:
         check_request(task, limit)
     keep_freed_memory()
@@ -195,6 +198,7 @@ def sweep(
     from blastnn.display import SweepReporter, print_sweep
     from blastnn.sweep import Sweep, run_sweep
 
+    _refuse_alone("--limit", limit, "--task", task)
     asked = Sweep(
         model,
         methods=tuple(method),
@@ -312,6 +316,7 @@ def kernels(
     from blastnn.display import print_kernels
     from blastnn.evaluate.score import explain_kernels
 
+    _refuse_alone("--tokens", tokens, "--measure or --save", measure or save)
     numbers = (tokens or [1, 16, 256]) if measure or save else []
     print_kernels(explain_kernels(folder, dtype, numbers, save), as_json)
 
@@ -338,7 +343,15 @@ def parse_calibration(sources: list[str] | None) -> list[str] | None:
     """None where nothing was said, an empty list for ``none``, else the files."""
     if sources == ["none"]:
         return []
+    if "none" in (sources or []):
+        raise PlanError("--calibration none means no text at all; leave it out, or the other texts")
     return sources or None
+
+
+def _refuse_alone(name: str, given: Any, needed: str, there: Any) -> None:
+    """Refuse an option that nothing would come of."""
+    if given and not there:
+        raise PlanError(f"{name} is of use with {needed} alone; give that, or leave it out")
 
 
 @contextmanager

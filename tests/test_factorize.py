@@ -741,7 +741,7 @@ def test_the_shifted_target_refuses_a_singular_moment():
         (Blast(12, 10, 3, (2, 2)), {"solver": ["als"]}, "unknown solver"),
         (Blast(12, 10, 3, (2, 2)), {"solver": "gd", "epsilon": "a"}, "epsilon .* must be float"),
         (Blast(12, 10, 3, (2, 2)), {"solver": "precgd", "epsilon": None}, "must be float"),
-        (Blast(12, 10, 3, (2, 2)), {"solver": "gd", "schedule": 3}, "must be str"),
+        (Blast(12, 10, 3, (2, 2)), {"solver": "gd", "schedule": 3}, "schedule"),
         (GBLR(12, 10, 3), {"nonzeros": "0.5"}, "nonzeros .* must be float"),
         (GBLR(12, 10, 3), {"nonzeros": True}, "nonzeros .* must be float"),
         (Channels(12, 10, 3), {"kept": [0, 1, 2]}, "kept .* must be Tensor"),

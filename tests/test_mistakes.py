@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import blastnn
 from blastnn import cli
+from blastnn.compress.options import Options
 from blastnn.errors import BlastnnError, CalibrationError, FactorizationError, PlanError
 from tests.made_up import TEXT, make_folder
 from tests.matrices import moment_of, normal
@@ -210,3 +212,180 @@ def test_tokens_are_those_of_the_calibration_and_one_path_is_one_text(
     )
     assert report["calibration"]["tokens"] == 128
     assert report["measured"]["perplexity"][0]["tokens"] == 64
+
+
+JOB = {"calibration": [], "keep": 0.6, "blocks": (2, 2), "sweeps": 2, "allow_slower": True}
+
+
+@pytest.mark.parametrize(
+    ("solver", "structure", "error"),
+    [
+        ("foo", "blast", "unknown solver 'foo'"),
+        ("svd", "blast", "does not fit a blast"),
+        ("precgd", "lowrank", "does not fit a lowrank"),
+    ],
+)
+def test_a_wrong_solver_is_refused_before_the_job(
+    dense: Path,
+    tmp_path: Path,
+    solver: str,
+    structure: str,
+    error: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ("--solver", solver, "--structure", structure, "--calibration", TEXT)
+    assert error in refused(capsys, "compress", dense, "--output", tmp_path / "out", *given)
+    assert not (tmp_path / "out").exists()
+    assert error in refused(capsys, "compress", dense, "--dry-run", *given)
+    with pytest.raises(BlastnnError, match=error):
+        blastnn.compress(nn.Linear(64, 64), solver=solver, structure=structure)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--keep", "0.7"),
+        ("--structure", "lowrank"),
+        ("--blocks", "2"),
+        ("--of", "model"),
+        ("--allocation", "measured"),
+        ("--targets", "*"),
+    ],
+    ids=str,
+)
+def test_a_plan_is_not_overruled(
+    dense: Path, tmp_path: Path, given: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    with pytest.raises(SystemExit) as left:
+        cli.main(["plan", str(dense), "--keep", "0.5", "--output", str(plan)])
+    assert left.value.code == 0
+    assert "shares  uniform here" in capsys.readouterr().out
+    job = ("compress", dense, "--output", tmp_path / "out", "--plan", plan)
+    assert f"leave {given[0]} out" in refused(capsys, *job, *given)
+
+
+def test_the_report_tells_the_budget_of_a_plan(dense: Path, tmp_path: Path) -> None:
+    blastnn.compress_checkpoint(dense, tmp_path / "one", **JOB)
+    config = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert config["options"]["keep"] == 0.6
+    plan = tmp_path / "plan.json"
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(dense), "--keep", "0.5", "--blocks", "2", "--output", str(plan)])
+    report, _ = blastnn.compress_checkpoint(dense, tmp_path / "two", calibration=[], plan=plan)
+    assert report["options"]["keep"] == 0.5
+
+
+def test_a_finished_job_is_measured_on_what_is_asked_now(dense: Path, tmp_path: Path) -> None:
+    def job(**asked: Any) -> tuple[dict[str, Any], bool]:
+        given = {**JOB, "window": 64, "resume": True, **asked}
+        return blastnn.compress_checkpoint(dense, tmp_path / "out", **given)
+
+    assert job()[0]["measured"] is None
+    report, fresh = job(texts=TEXT, scored_tokens=64)
+    assert not fresh and report["measured"]["perplexity"][0]["tokens"] == 64
+    again, _ = job(texts=TEXT, scored_tokens=64)
+    assert again == report
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert job(texts=TEXT, scored_tokens=128)[0]["measured"]["perplexity"][0]["tokens"] == 128
+
+
+def test_options_and_choices_are_not_mixed(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="not both: keep would be ignored"):
+        blastnn.compress_checkpoint(dense, tmp_path / "out", options=Options(), keep=0.9)
+
+
+@pytest.mark.parametrize("tokens", [0, -5, "3", True])
+def test_scored_tokens_are_at_least_one(dense: Path, tmp_path: Path, tokens: Any) -> None:
+    with pytest.raises(PlanError, match="scored_tokens must be"):
+        blastnn.compress_checkpoint(dense, tmp_path / "out", scored_tokens=tokens)
+
+
+def test_sweeps_are_a_whole_number() -> None:
+    with pytest.raises(PlanError, match="sweeps must be a whole number"):
+        blastnn.compress(nn.Linear(8, 8), sweeps="3")
+
+
+def test_presets_are_those_of_the_command_line() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(24, 24)), [torch.randn(40, 24)]
+    given = {"calibration": x, "allow_slower": True}
+    default = blastnn.compress(model, **given)
+    assert default.plan.layers[0].spec.blocks == (8, 8)
+    assert default.records[0].solver_status == "ran its 60 sweeps"
+    fast = blastnn.compress(model, preset="fast", **given)
+    assert fast.records[0].solver_status == "ran its 20 sweeps"
+    with pytest.raises(PlanError, match="unknown preset"):
+        blastnn.compress(model, preset="quick", **given)
+
+
+def test_an_encoder_is_compared_on_every_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, other = make_folder(tmp_path / "bert", "bert"), tmp_path / "other.txt"
+    other.write_text("another text " * 100)
+    report, _ = blastnn.compress_checkpoint(
+        source, tmp_path / "out", texts=[TEXT, other], window=32, scored_tokens=64, **JOB
+    )
+    names = [row["text"] for row in report["measured"]["cosine"]]
+    assert names == [str(TEXT), str(other)]
+    assert all(name in (tmp_path / "out" / "report.html").read_text() for name in names)
+    assert "does not predict the next token" in refused(capsys, "generate", source, "hello")
+
+
+@pytest.mark.parametrize("seed", ["-4", "99999999999999999999999"])
+def test_a_sampling_seed(dense: Path, seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--temperature", "1", "--seed", seed)
+    assert "seed must be from 0" in refused(capsys, "generate", dense, "hello", *given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("evaluate", "--text", str(TEXT), "--limit", "3"),
+        ("kernels", "--tokens", "4"),
+    ],
+    ids=str,
+)
+def test_options_of_no_use(
+    dense: Path, given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is of use with" in refused(capsys, given[0], dense, *given[1:])
+
+
+def test_none_is_no_text_among_others(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--output", "unused", "--calibration", "none", "--calibration", TEXT)
+    assert "means no text at all" in refused(capsys, "compress", dense, *given)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": "x"}, "cannot build"),
+        ({"num_attention_heads": 0}, "cannot build"),
+        ({"hidden_size": 48}, "but config.json makes it"),
+    ],
+    ids=str,
+)
+def test_configurations_that_contradict_themselves_or_the_weights(
+    dense: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(dense, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    if "hidden_size" in change:
+        assert words in refused(capsys, "evaluate", folder, "--text", TEXT, "--window", "32")
+    else:
+        assert words in refused(capsys, "plan", folder)
+
+
+def test_a_group_that_no_kernel_could_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--output", tmp_path / "out", "--bits", "int8", "--group", str(10**30))
+    assert "group must be at most" in refused(capsys, "quantize", tmp_path, *given)

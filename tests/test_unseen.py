@@ -22,7 +22,7 @@ from tests.test_end_to_end import SMALL
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
 
 
-NOT_MEASURED = {"verified": None, "perplexity": [], "speed": None, "sample": None, "cosine": None}
+NOT_MEASURED = {"verified": None, "perplexity": [], "speed": None, "sample": None, "cosine": []}
 
 
 def compress(source: Path, output: Path, resume: bool = False, **choices: object) -> dict[str, Any]:

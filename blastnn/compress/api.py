@@ -9,8 +9,15 @@ from typing import Any
 from blastnn.arithmetic import plain_arithmetic
 from blastnn.compress.job import Job, Progress, prepare_job
 from blastnn.compress.options import Options
-from blastnn.compress.report import DEFAULT_TOKENS, JSON, write_report
+from blastnn.compress.report import (
+    DEFAULT_TOKENS,
+    JSON,
+    measure_again,
+    scored,
+    write_report,
+)
 from blastnn.compress.run import run_job
+from blastnn.errors import PlanError
 from blastnn.evaluate.text import first_windows, read_text
 from blastnn.files import read_json
 from blastnn.models.context import window_length
@@ -49,13 +56,21 @@ def compress_checkpoint(
         progress: told what happens.
 
     Returns:
-        The report, and whether anything was computed (False: it was finished before).
+        The report, and whether anything was compressed (False: it was finished before). Of a
+        finished job other ``texts`` or ``scored_tokens`` are measured, and the report is of them.
 
     Raises:
         BlastnnError: says which input is wrong and what to do.
         OSError: the disk is full or not writable; finished blocks stay resumable.
     """
     progress = progress or Progress()
+    if options is not None and choices:
+        raise PlanError(
+            f"give options, or choices one by one, not both: {', '.join(sorted(choices))} would be "
+            "ignored"
+        )
+    if not isinstance(scored_tokens, int) or isinstance(scored_tokens, bool) or scored_tokens < 1:
+        raise PlanError(f"scored_tokens must be at least 1, but is {scored_tokens!r}")
     calibration, texts = _listed(calibration), _listed(texts)
     job = prepare_job(
         path, options or Options.from_preset("default", **choices), calibration, plan, progress
@@ -66,10 +81,14 @@ def compress_checkpoint(
         _check_texts(texts, job)
     folder = Path(output)
     outcome = run_job(job, folder, resume)
-    if outcome.already_finished and (folder / JSON).is_file():
-        return read_json(folder / JSON), False
+    names = [str(text) for text in texts]
+    known = read_json(folder / JSON) if (folder / JSON).is_file() else None
+    if outcome.already_finished and known and known.get("scored") == scored(names, scored_tokens):
+        return known, False
     progress.say("measuring the dense and the compressed model in a process of their own")
-    return write_report(job, folder, outcome, [str(text) for text in texts], scored_tokens), True
+    if outcome.already_finished and known:
+        return measure_again(job, folder, outcome, known, names, scored_tokens), False
+    return write_report(job, folder, outcome, names, scored_tokens), True
 
 
 def _listed(texts: Sequence[str | Path] | str | Path | None) -> Sequence[str | Path] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan
 from blastnn.compress.plan_file import plan_from_file
-from blastnn.compress.planning import make_plan
+from blastnn.compress.planning import check_fit, make_plan
 from blastnn.compress.pruning import prune_plan
 from blastnn.compress.sharing import share_inputs
 from blastnn.compress.walker import Walker
@@ -91,7 +91,8 @@ def draft_job(
     Args:
         model: as for ``open_model``.
         options: what to do.
-        plan_file: a plan written earlier, instead of the uniform one.
+        plan_file: a plan written earlier, which says what becomes of each layer; ``options`` that
+            decide plans are then of no account, and no shares are measured.
         say: told about downloads.
 
     Raises:
@@ -106,6 +107,8 @@ def draft_job(
         plan = prune_plan(plan, folder.config)
     if plan_file is not None:
         plan = plan_from_file(plan, plan_file, walker.head)
+        options = replace(options, keep=plan.keep, of=plan.of)  # of which the reports tell
+    check_fit(plan, options.solver)
     dtype, given = _output_dtype(folder, options), plan_file is not None
     draft = Draft(folder, options, walker, plan, dtype, given)
     draft.output_bytes()  # refuses a structure that cannot be stored as asked for

@@ -142,15 +142,15 @@ def _before_after(report: Report, what: str, write: Callable[[object], str]) -> 
 def perplexity_section(report: Report) -> Html:
     """Return the perplexity of both models on each text, and their similarity."""
     texts = measured_texts(report)
-    cosine = part(report, "measured", "cosine")
-    if not texts and not cosine:
+    cosines = part(report, "measured", "cosine") or []
+    if not texts and not cosines:
         return section("Perplexity", _unmeasured(report, "perplexity"))
     return section(
         "Perplexity",
         note("Lower is better. ", plain(part(report, "measured", "protocol") or "")),
         _perplexity_bars(texts) if texts else _unmeasured(report, "perplexity"),
         _perplexity_table(texts) if texts else "",
-        _cosine(cosine),
+        *([_cosine(row) for row in cosines] or [note("Cosine similarity not measured.")]),
     )
 
 
@@ -185,8 +185,6 @@ def _perplexity_table(texts: Layers) -> Html:
 
 
 def _cosine(cosine: object) -> Html:
-    if not cosine:
-        return note("Cosine similarity not measured.")
     mean, tokens = number(part(cosine, "mean"), 5), count(part(cosine, "tokens"))
     return note(
         "Mean cosine similarity of the two models' hidden states: ",

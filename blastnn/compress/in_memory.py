@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,9 +30,9 @@ from blastnn.compress.block import (
 from blastnn.compress.fit import fit_layer
 from blastnn.compress.measured import row_blocks, to_measure_with
 from blastnn.compress.moments import Moments, MomentSum, refuse
-from blastnn.compress.options import Options, check_names
+from blastnn.compress.options import Options
 from blastnn.compress.plan import LayerPlan, Plan
-from blastnn.compress.planning import make_plan
+from blastnn.compress.planning import check_fit, make_plan
 from blastnn.compress.pruning import prune_plan
 from blastnn.compress.refine import require_windows
 from blastnn.compress.sharing import share_inputs
@@ -65,6 +65,7 @@ def compress(
     model: nn.Module,
     keep: float = 0.8,
     calibration: Iterable[Batch] | None = None,
+    preset: str = "default",
     **choices: Any,
 ) -> CompressionResult:
     """Compress a copy of a model; the model itself is not changed.
@@ -77,7 +78,9 @@ def compress(
         calibration: batches to run through the model: a tensor, a tuple of arguments or a dict of
             keyword arguments; None fits without data. For transformers models of a known family,
             token ids ``(batch, window)`` of one shape.
-        choices: further fields of ``Options``, e.g. ``structure``, ``blocks`` or ``targets``.
+        preset: ``fast``, ``default`` or ``best``, as on the command line; how much text to
+            calibrate with is yours to say here.
+        choices: fields of ``Options`` in place of the preset's, e.g. ``structure`` or ``targets``.
 
     Raises:
         BlastnnError: says which input is wrong and what to do.
@@ -87,8 +90,7 @@ def compress(
             f"compress takes a torch module, but was given {type(model)}; for a folder "
             "there is compress_checkpoint"
         )
-    check_names(choices)
-    options = Options(keep=keep, **choices)
+    options = replace(Options.from_preset(preset, **choices), keep=keep)
     batches = None if calibration is None else _batches(calibration)
     require_windows(options, 0 if batches is None else len(batches))
     if batches is not None and not batches:
@@ -155,6 +157,7 @@ def _by_blocks(
     plan = make_plan(model, [block.name for block in blocks], options, None, tied)
     plan = share_inputs(plan) if options.joint else plan
     plan = prune_plan(plan, model.config) if options.coupled else plan
+    check_fit(plan, options.solver)
     dtype, dtypes = next(iter(blocks[0].module.parameters())).dtype, _dtypes(model)
     model.float()
     plan, outputs, leaving = _measured(model, plan, options, batches, [b.name for b in blocks])
@@ -228,6 +231,7 @@ def _as_one_block(
             f"known family ({', '.join(sorted(FAMILIES))}), with batches of token ids of one shape"
         )
     plan = make_plan(model, [""], options, None, [], find_tied(model))
+    check_fit(plan, options.solver)
     plan, outputs, _ = _measured(model, plan, options, batches, [])
     wanted = list(plan.compressed)
     moments = None if batches is None else _dense_moments(model, wanted, batches, options.moment)

@@ -120,7 +120,10 @@ class Options:
             raise PlanError(f"seed must be from 0 to {LARGEST_SEED}, but is {self.seed!r}")
         smallest = {"sweeps": 1, "tokens": 1, "window": 1, "gradient_windows": 1, "refine": 0}
         for name, least in smallest.items():
-            if getattr(self, name) < least:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise PlanError(f"{name} must be a whole number, but is {value!r}")
+            if value < least:
                 raise PlanError(f"{name} must be at least {least}, but is {getattr(self, name)}")
 
     def _check_names(self) -> None:

@@ -120,6 +120,8 @@ def _claim(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         taken = any(output.iterdir())
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ResumeError(f"{output} is a file, not a folder") from error
     except OSError as error:
         raise ResumeError(f"cannot write to {output}: {error.strerror}") from error
     if taken:

@@ -51,8 +51,38 @@ def write_report(
         BlastnnError: the model just written could not be loaded and measured.
     """
     report = build_report(job, outcome, _measure(job, output, outcome, texts, tokens))
+    report["scored"] = scored(texts, tokens)
     save_report(report, output)
     return report
+
+
+def scored(texts: Sequence[str], tokens: int) -> dict[str, Any]:
+    """On what a report's figures were measured, as it says."""
+    return {"texts": list(texts), "tokens": tokens}
+
+
+def measure_again(
+    job: Job,
+    output: Path,
+    outcome: RunOutcome,
+    report: dict[str, Any],
+    texts: Sequence[str],
+    tokens: int,
+) -> dict[str, Any]:
+    """The report of a finished job with figures of other texts, written anew.
+
+    Raises:
+        BlastnnError: the model could not be loaded and measured.
+    """
+    measured = _measure(job, output, outcome, texts, tokens)
+    measured.pop("verified")
+    report = {**report, **_measured_on(measured), "scored": scored(texts, tokens)}
+    save_report(report, output)
+    return report
+
+
+def _measured_on(measured: dict[str, Any]) -> dict[str, Any]:
+    return {"measured": measured or None, "not_measured": None if measured else NO_TEXT}
 
 
 def save_report(report: dict[str, Any], output: Path) -> None:
@@ -108,8 +138,7 @@ def build_report(job: Job, outcome: RunOutcome, measured: dict[str, Any]) -> dic
         "coverage": coverage,
         "timing": _timing(journal.seconds, journal.sittings),
         "memory": {"peak_anonymous_bytes": outcome.peak_anonymous_bytes, "how": HOW},
-        "measured": measured or None,
-        "not_measured": None if measured else NO_TEXT,
+        **_measured_on(measured),
         "self_check": {**journal.probe, "verified": verified},
         "environment": environment(),
         "warnings": warnings_of(job, coverage, verified),

@@ -28,6 +28,11 @@ def print_plan(draft: Draft, as_json: bool) -> None:
     console = wide_console()
     console.print(table(("layer", "shape", "parameters", "becomes"), rows))
     console.print(f"targets {before:,} -> {after:,} ({after / max(before, 1):.1%})")
+    if draft.options.allocation == "measured" and not draft.plan_given:
+        console.print(
+            "shares  uniform here; a job measures what layers matter and shares this budget out "
+            "anew, but keeps to a plan that it is given (--plan)"
+        )
     console.print(f"model   {total:,} -> {total - before + after:,}")
     console.print(f"output  {draft.output_bytes() / MIB:.0f} MiB")
     for part, size in draft.memory_bytes().items():

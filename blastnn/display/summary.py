@@ -90,11 +90,10 @@ def _print_measured(console: Console, measured: dict[str, Any]) -> None:
             f"perplexity {row['text']}: dense {row['dense']:.2f}, compressed "
             f"{row['compressed']:.2f} ({row['tokens']} tokens)"
         )
-    if measured["cosine"]:
-        cosine = measured["cosine"]
+    for row in measured["cosine"]:
         console.print(
-            f"mean cosine of the hidden states: {cosine['mean']:.4f}, of their means: "
-            f"{cosine['vectors']:.4f}"
+            f"mean cosine of the hidden states on {row['text']}: {row['mean']:.4f}, of their "
+            f"means: {row['vectors']:.4f} ({row['tokens']} tokens)"
         )
     for phase in ("prefill", "decode"):
         if measured["speed"]:

@@ -45,14 +45,14 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
     result |= {
         "protocol": PROTOCOL,
         "perplexity": [],
-        "cosine": None,
+        "cosine": [],
         "speed": None,
         "sample": None,
     }
+    pairs = [*zip(texts, cut, strict=True)]
     if not is_causal(dense):
-        return result | {"cosine": _cosine(dense, compressed, texts[0], cut[0])}
+        return result | {"cosine": [_cosine(dense, compressed, *pair) for pair in pairs]}
     models = (dense, compressed)
-    pairs = zip(texts, cut, strict=True)
     return result | {
         "perplexity": [_perplexities(models, text, windows) for text, windows in pairs],
         "speed": compare_speed(dense, compressed, cut[0].ids[:1]),

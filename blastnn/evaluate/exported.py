@@ -23,6 +23,7 @@ from blastnn.evaluate.score import open_any
 from blastnn.integrations.export import as_function, example_inputs
 from blastnn.integrations.onnx import DTYPES, OnnxFile, check_target, export_onnx, open_session
 from blastnn.integrations.transformers import load_model
+from blastnn.models.context import window_length
 
 SHAPES = ((1, 1), (2, 7), (1, 33), (3, 16))
 PREFILL, ROUNDS = 128, 11
@@ -72,7 +73,7 @@ def export_folder(
     dtype_named(dtype, among=DTYPES)
     check_target(output, overwrite)
     count = threads or torch.get_num_threads()
-    written, rows = _checked_export(folder, output, dtype, overwrite)
+    written, rows, longest = _checked_export(folder, output, dtype, overwrite)
     result = {
         "model": folder,
         "files": [str(file) for file in written.files],
@@ -87,18 +88,22 @@ def export_folder(
         files = {"model": written}
         if against is not None:
             other = Path(spare) / "against.onnx"
-            files = {"against": _checked_export(against, other, dtype, True)[0], **files}
+            beside, _, length = _checked_export(against, other, dtype, True)
+            files, longest = {"against": beside, **files}, min(longest, length)
             result["against"] = {"model": against, "bytes": files["against"].num_bytes}
-        result["speed"] = compare_files({key: file.path for key, file in files.items()}, count)
+        paths = {key: file.path for key, file in files.items()}
+        result["speed"] = compare_files(paths, count, prefill=longest)
     return result
 
 
 def _checked_export(
     folder: str, output: Path, dtype: str, overwrite: bool
-) -> tuple[OnnxFile, list[Agreement]]:
+) -> tuple[OnnxFile, list[Agreement], int]:
+    """The file, how its outputs agree, and the length of prompt to time: of as many positions."""
     model = load_model(open_any(folder), dtype=dtype_named(dtype, among=DTYPES))
     written = export_onnx(model, output, overwrite=overwrite)
-    rows = check_agreement(model, written)
+    shapes = tuple((batch, window_length(model.config, length)) for batch, length in SHAPES)
+    rows = check_agreement(model, written, shapes)
     worst = max(rows, key=lambda row: row.relative)
     if not worst.relative <= TOLERANCES[dtype]:  # NaN is no agreement either
         for file in written.files:
@@ -107,7 +112,7 @@ def _checked_export(
             f"{output} was removed: for ids of shape {worst.shape} ONNX Runtime's output differs "
             f"from PyTorch's by {worst.relative:.2g} of its size"
         )
-    return written, rows
+    return written, rows, window_length(model.config, PREFILL)
 
 
 @torch.no_grad()

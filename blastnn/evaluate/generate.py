@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blastnn.errors import ModelError
 from blastnn.evaluate.engine import Choose, open_engine
+from blastnn.integrations.transformers import is_causal
 from blastnn.models.context import positions
+from blastnn.structures.base import LARGEST_SEED, is_seed
 
 LEAST_TEMPERATURE = 1e-3  # far below, logits divided by it overflow; here it is greedy already
 
@@ -33,9 +35,14 @@ def continue_text(
     positions. ``say`` is told of the last, and if the step was to be compiled and could not be.
 
     Raises:
-        ModelError: the prompt has no token or leaves no position for a new one; ``max_tokens`` or
-            ``temperature`` makes no sense; a logit is not finite.
+        ModelError: the model predicts no token; the prompt has none or leaves no position for a
+            new one; ``max_tokens``, ``temperature`` or ``seed`` makes no sense; a logit is not
+            finite.
     """
+    if not is_causal(model):
+        raise ModelError(f"a {type(model).__name__} does not predict the next token")
+    if not is_seed(seed):
+        raise ModelError(f"seed must be from 0 to {LARGEST_SEED}, but is {seed!r}")
     if max_tokens < 1:
         raise ModelError(f"max_tokens must be at least 1, but is {max_tokens}")
     if not (temperature == 0.0 or LEAST_TEMPERATURE <= temperature < math.inf):

@@ -279,7 +279,12 @@ def _check_options(solver: str, options: dict[str, Any]) -> None:
 
 
 def _is_a(value: object, kind: type) -> bool:
-    """Whether an option is of a kind; a whole number is a float, truth is no number."""
+    """Whether an option is of a kind; a whole number is a float, truth is no number.
+
+    Names are left to the solver, which tells all that it knows.
+    """
+    if kind is str:
+        return True
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind)

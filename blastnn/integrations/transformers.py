@@ -148,6 +148,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
         read_layers(folder)
         use_measured_kernels(folder)
     options = {"dtype": dtype if dtype is not None else "auto", "use_safetensors": True}
+    options["ignore_mismatched_sizes"] = True  # told below, in words
     try:
         model, loading = _class_of(config).from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True, **options
@@ -158,6 +159,11 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
         ) from error
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+        raise CheckpointError(
+            f"{folder}: tensor {name} has the shape {tuple(stored)}, but config.json makes it "
+            f"{tuple(wanted)}"
+        )
     if missing := sorted(loading["missing_keys"]):
         raise CheckpointError(
             f"{folder} has no tensor for {missing[0]} and {len(missing) - 1} more of "

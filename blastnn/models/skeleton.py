@@ -47,9 +47,16 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
                 model = AutoModel.from_config(config, trust_remote_code=False)
             else:
                 model = model_class._from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise ModelError(
-            f"transformers cannot build {names or config.model_type}: {error}"
+            f"transformers cannot build {names or config.model_type} as config.json has it: {error}"
         ) from error
     return model.eval()
 

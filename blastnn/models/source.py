@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from blastnn.errors import CheckpointError, ModelError, first_line
@@ -105,7 +106,14 @@ def read_config(path: Path) -> PreTrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         raise ModelError(
             f"{path / 'config.json'}: transformers cannot build the architecture "
             f"{values['model_type']!r} without executing code from the folder: "

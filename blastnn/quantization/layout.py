@@ -32,6 +32,7 @@ from blastnn.structures.base import require_positive_int
 
 SCALE = "_scale"
 SCALE_DTYPE = torch.bfloat16
+LARGEST_GROUP = 2**31 - 1  # as the kernels count
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Quantization:
     """How large factors are stored: bits a number, and rows that share a scale.
 
     Raises:
-        StructureError: neither 4 nor 8 bits, or no whole group of at least 1.
+        StructureError: neither 4 nor 8 bits, or no whole group from 1 to ``LARGEST_GROUP``.
     """
 
     bits: int
@@ -49,6 +50,8 @@ class Quantization:
         if type(self.bits) is not int or self.bits not in (4, 8):
             raise StructureError(f"factors are stored in 4 or 8 bits, not in {self.bits!r}")
         require_positive_int("group", self.group)
+        if self.group > LARGEST_GROUP:
+            raise StructureError(f"group must be at most {LARGEST_GROUP}, but is {self.group}")
 
     @property
     def dtype(self) -> torch.dtype:

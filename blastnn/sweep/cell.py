@@ -76,12 +76,18 @@ def let_go(folder: Path) -> None:
 def _measured(scorer: Scorer, scores: Scores) -> dict[str, Any]:
     """The scores as a report has them."""
     found: dict[str, Any] = {"verified": None, "protocol": scorer.protocol, "perplexity": []}
-    found |= {"cosine": None, "speed": None, "sample": None}
+    found |= {"cosine": [], "speed": None, "sample": None}
     if not scorer.causal:
-        first = scores[0]
-        cosine = {"text": first["text"], "mean": first["cosine"]}
-        cosine |= {"vectors": first["vectors"], "tokens": first["tokens"]}
-        return {**found, "cosine": cosine}
+        found["cosine"] = [
+            {
+                "text": score["text"],
+                "mean": score["cosine"],
+                "vectors": score["vectors"],
+                "tokens": score["tokens"],
+            }
+            for score in scores
+        ]
+        return found
     for before, after in zip(scorer.dense, scores, strict=True):
         row = {key: after[key] for key in ("text", "sha256", "tokens", "window")}
         both = {"dense": before["perplexity"], "compressed": after["perplexity"]}
