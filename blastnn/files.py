@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blastnn.errors import CheckpointError
+from blastnn.errors import CheckpointError, ResumeError
 
 PART = ".part"
 
@@ -60,6 +60,21 @@ def check_writable(path: Path | None) -> None:
         raise IsADirectoryError(f"{path} is a folder; name a file to write")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
+
+
+def make_folder(path: Path) -> None:
+    """A folder that is there from now on, and those above it.
+
+    Raises:
+        ResumeError: it cannot be made; it, or one above it, is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(part for part in (path, *path.parents) if part.exists())
+        raise ResumeError(f"cannot write to {path}: {file} is a file, not a folder") from error
+    except OSError as error:
+        raise ResumeError(f"cannot write to {path}: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:

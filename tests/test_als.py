@@ -501,3 +501,13 @@ def test_larger_matrices_do_not_notice_the_callers_context(weighted, context):
         actual = factorize(weight.clone(), spec, moment, sweeps=3)
     assert actual.relative_error == expected.relative_error
     assert all(torch.equal(f, actual.factors[key]) for key, f in expected.factors.items())
+
+
+def test_an_exact_problem_among_others_is_left_alone():
+    exact = normal(24, 3, dtype=torch.float32) @ normal(3, 18, seed=1, dtype=torch.float32)
+    spec = Blast(24, 18, rank=5, blocks=(4, 3))
+    alone = factorize(exact, spec)
+    together, other = factorize_many([exact, normal(24, 18, dtype=torch.float32)], spec)
+    assert len(together.history) == len(alone.history) == 1
+    assert together.relative_error < 1e-6 and together.status == alone.status
+    assert len(other.history) == 41

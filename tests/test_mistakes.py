@@ -284,8 +284,8 @@ def test_a_finished_job_is_measured_on_what_is_asked_now(dense: Path, tmp_path: 
     assert job()[0]["measured"] is None
     report, fresh = job(texts=TEXT, scored_tokens=64)
     assert not fresh and report["measured"]["perplexity"][0]["tokens"] == 64
-    again, _ = job(texts=TEXT, scored_tokens=64)
-    assert again == report
+    for asked in ({"texts": TEXT, "scored_tokens": 64}, {}):
+        assert job(**asked)[0] == report
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert job(texts=TEXT, scored_tokens=128)[0]["measured"]["perplexity"][0]["tokens"] == 128
 
@@ -389,3 +389,20 @@ def test_a_group_that_no_kernel_could_count(
 ) -> None:
     given = ("--output", tmp_path / "out", "--bits", "int8", "--group", str(10**30))
     assert "group must be at most" in refused(capsys, "quantize", tmp_path, *given)
+
+
+def test_a_file_is_no_folder_to_write_to(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "taken"
+    file.write_text("mine")
+    blastnn.compress_checkpoint(dense, tmp_path / "small", **JOB)
+    for command in (
+        ("compress", dense, "--calibration", "none"),
+        ("sweep", dense, "--method", "svd", "--keep", "0.6", "--calibration", TEXT, "--text", TEXT),
+        ("quantize", tmp_path / "small", "--bits", "int8"),
+    ):
+        for output in (file, file / "below"):
+            error = refused(capsys, *command, "--output", output)
+            assert f"{file} is a file, not a folder" in error
+    assert file.read_text() == "mine"

@@ -56,8 +56,8 @@ def compress_checkpoint(
         progress: told what happens.
 
     Returns:
-        The report, and whether anything was compressed (False: it was finished before). Of a
-        finished job other ``texts`` or ``scored_tokens`` are measured, and the report is of them.
+        The report, and whether anything was compressed (False: it was finished before). A finished
+        job is measured again where other ``texts`` or ``scored_tokens`` are asked for.
 
     Raises:
         BlastnnError: says which input is wrong and what to do.
@@ -83,7 +83,8 @@ def compress_checkpoint(
     outcome = run_job(job, folder, resume)
     names = [str(text) for text in texts]
     known = read_json(folder / JSON) if (folder / JSON).is_file() else None
-    if outcome.already_finished and known and known.get("scored") == scored(names, scored_tokens):
+    same = not names or (known or {}).get("scored") == scored(names, scored_tokens)
+    if outcome.already_finished and known and same:
         return known, False
     progress.say("measuring the dense and the compressed model in a process of their own")
     if outcome.already_finished and known:

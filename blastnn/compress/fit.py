@@ -24,7 +24,7 @@ from blastnn.factorize import (
 )
 from blastnn.linear import StructuredLinear
 from blastnn.models.linears import dense_weight
-from blastnn.structures import Structure, cast_factors
+from blastnn.structures import Factors, Structure, cast_factors
 from blastnn.structures.stack import stacked, unstacked
 
 NO_INPUT = "its inputs are zero on the whole calibration text"
@@ -59,6 +59,42 @@ def fit_layers(
         FactorizationError: a weight that cannot be worked with, or a stack to be quantised.
         StructureError: structures that cannot share a factor.
     """
+    fit = _fit(olds, plans, moments, outputs, kept[0], options, dtype)
+    fitted: list[Fitted] = []
+    for old, plan, target, part in zip(olds, plans, fit.targets, fit.parts, strict=True):
+        layer = _layer(old, plan, cast_factors(cast_factors(part, dtype), torch.float32))
+        layer, errors = _finished(layer, target, fit.second, fit.error, options)
+        if fitted:
+            layer.share(fitted[0][0])
+        fitted.append((layer.requires_grad_(False), {**errors, **fit.fields}))
+    return fitted
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Factors of each layer in ``parts``, what they are to reproduce, and how they were found.
+
+    ``second`` is the moment by which errors count, ``error`` that of a single layer as it will be
+    written, None where it has to be measured, and ``fields`` are those of every layer's record.
+    """
+
+    parts: Sequence[Factors]
+    targets: Sequence[Tensor]
+    second: Tensor | None
+    error: float | None
+    fields: dict[str, Any]
+
+
+def _fit(
+    olds: Sequence[nn.Module],
+    plans: Sequence[LayerPlan],
+    moments: Moments | None,
+    outputs: Sequence[Tensor | None],
+    kept: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+) -> _Fit:
+    """The arguments are those of ``fit_layers``; ``kept`` is that of the first layer."""
     specs = [plan.spec for plan in plans if plan.spec is not None]
     if len(specs) > 1 and options.quantization is not None:
         raise FactorizationError("layers that share a factor are not quantised; leave that out")
@@ -75,12 +111,11 @@ def fit_layers(
     seen = None if data_free else aim.second
     # Weighted factors are rounded after the weight is undone.
     rounded = None if weights else dtype
-    extra = _extra(solver, kept[0], options)
+    extra = _extra(solver, kept, options)
     result = factorize(wanted, whole, seen, solver, options.seed, rounded, **extra)
     parts = unstacked(specs, result.factors) if len(specs) > 1 else [result.factors]
     if weights:
         parts = [weight.undo(part) for weight, part in zip(weights, parts, strict=True)]
-    remeasured = len(specs) > 1 or bool(weights) or (data_free and aim.second is not None)
     fields = {
         "weighted_outputs": bool(weights),
         "tokens": None if seen is None else aim.tokens,
@@ -88,15 +123,9 @@ def fit_layers(
         "solver_status": result.status,
         "notes": [*aim.notes, *result.notes],
     }
-    fitted: list[Fitted] = []
-    for old, plan, target, part in zip(olds, plans, targets, parts, strict=True):
-        layer = _layer(old, plan, cast_factors(cast_factors(part, dtype), torch.float32))
-        known = None if remeasured else result.relative_error
-        layer, errors = _finished(layer, target, aim.second, known, options)
-        if fitted:
-            layer.share(fitted[0][0])
-        fitted.append((layer.requires_grad_(False), {**errors, **fields}))
-    return fitted
+    remeasured = len(specs) > 1 or bool(weights) or (data_free and aim.second is not None)
+    error = None if remeasured else result.relative_error
+    return _Fit(parts, targets, aim.second, error, fields)
 
 
 def _extra(solver: str, kept: Tensor | None, options: Options) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from blastnn.compress.block import LayerRecord
 from blastnn.compress.streams import Streams
 from blastnn.errors import ResumeError
-from blastnn.files import read_json, remove_parts, write_json, write_tensors
+from blastnn.files import make_folder, read_json, remove_parts, write_json, write_tensors
 from blastnn.models.tensors import read_tensors
 
 FOLDER = ".blastnn"
@@ -111,10 +111,7 @@ class Journal:
             ResumeError: the folder holds something else, another job, or cannot be written to.
         """
         if not _occupied(output):
-            try:
-                (output / FOLDER).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ResumeError(f"cannot write to {output}: {error.strerror}") from error
+            make_folder(output / FOLDER)
             journal = cls(output, identity)
             journal.save()
             return journal

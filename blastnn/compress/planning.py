@@ -11,7 +11,7 @@ from torch import nn
 from blastnn.compress.options import Options
 from blastnn.compress.plan import OUTSIDE, SLOWER, UNTARGETED, LayerPlan, Plan, count_params
 from blastnn.errors import PlanError
-from blastnn.factorize import SOLVERS, choose_solver
+from blastnn.factorize import choose_solver
 from blastnn.kernels import predicted_speedup
 from blastnn.models.linears import LinearInfo, find_linears
 from blastnn.structures import Structure, structure_named
@@ -47,7 +47,6 @@ def make_plan(
     if not chosen:
         raise PlanError("the model has no linear layer that could be compressed")
     total = count_params(model, tied)
-    _check_solver(options)
     while True:
         targeted = sum(info.num_params for info in linears if reasons[info.name] is None)
         share = _share_of_targets(options, total, targeted)
@@ -59,16 +58,8 @@ def make_plan(
         reasons |= {layer.name: layer.reason for layer in dropped}
 
 
-def _check_solver(options: Options) -> None:
-    """Refuse an unknown solver before anything is read; whether it fits is asked of real specs."""
-    if options.solver != "auto" and options.solver not in SOLVERS:
-        raise PlanError(
-            f"unknown solver {options.solver!r}; choose from auto, {', '.join(SOLVERS)}"
-        )
-
-
 def check_fit(plan: Plan, solver: str) -> None:
-    """Refuse a solver that does not fit the structure of a layer.
+    """Refuse a solver that is unknown, or does not fit the structure of a layer.
 
     Raises:
         FactorizationError: names the solvers that do.

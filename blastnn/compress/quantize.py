@@ -21,7 +21,7 @@ from blastnn.compress.quantize_check import self_check
 from blastnn.compress.report import JSON
 from blastnn.compress.writer import copy_companions, write_index
 from blastnn.errors import CheckpointError, ResumeError, StructureError
-from blastnn.files import read_json, write_json, write_tensors
+from blastnn.files import make_folder, read_json, write_json, write_tensors
 from blastnn.models.skeleton import build_skeleton
 from blastnn.models.tensors import TensorFolder, find_name
 from blastnn.quantization import (
@@ -117,14 +117,8 @@ def _open(folder: Path) -> _Source:
 
 
 def _claim(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        taken = any(output.iterdir())
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ResumeError(f"{output} is a file, not a folder") from error
-    except OSError as error:
-        raise ResumeError(f"cannot write to {output}: {error.strerror}") from error
-    if taken:
+    make_folder(output)
+    if any(output.iterdir()):
         raise ResumeError(f"the output folder {output} is not empty; choose another one")
 
 

@@ -34,8 +34,9 @@ def print_inspection(found: dict[str, Any], as_json: bool) -> None:
     )
     sizes = found["targets"]
     console.print(
-        f"{len(rows)} layers, {sizes['before']:,} -> {sizes['after']:,} parameters "
-        f"({sizes['kept']:.2%}); all factors present and well shaped, "
+        f"{len(rows)} compressed layers, {sizes['before']:,} -> {sizes['after']:,} parameters "
+        f"({sizes['kept']:.2%}, those that stayed dense not counted); all factors present and "
+        "well shaped, "
         f"{sizes['bytes']:,} bytes at {sizes['bits_per_weight']:.2f} bits a weight; "
         f"{found['bytes']:,} bytes in all"
     )

@@ -73,8 +73,9 @@ def solve_many(
     start = _spectral_start(problems, spec, seed)
     run = _Run(sweeper, start, clock)
     rounding = 10 * torch.finfo(start.U.dtype).eps
-    if any(error > rounding for error in run.best_error):
-        run.iterate(_disturbed(start, schedule.coupling_noise, seed), schedule)
+    inexact = [index for index, error in enumerate(run.best_error) if error > rounding]
+    if inexact:
+        run.iterate(_disturbed(start, schedule.coupling_noise, seed), schedule, inexact)
     return run.solutions(_balanced)
 
 
@@ -89,11 +90,10 @@ class _Run:
         self.status = ["kept the low-rank start"] * len(self.best_error)
         self._record(range(len(self.best_error)), self.best_error)
 
-    def iterate(self, state: State, schedule: Schedule) -> None:
-        """Sweep until every problem has converged or the sweeps are used up."""
+    def iterate(self, state: State, schedule: Schedule, active: list[int]) -> None:
+        """Sweep until every one of the ``active`` problems has converged, or sweeps are used up."""
         previous = state
         paces = [Pace(schedule, error) for error in self.start_error]
-        active = list(range(len(paces)))
         for sweep in range(schedule.sweeps):
             landing = sweep == schedule.sweeps - 1
             start = state.extrapolate(previous, [0.0 if landing else p.momentum for p in paces])

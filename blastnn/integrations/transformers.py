@@ -165,9 +165,10 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
             f"{tuple(wanted)}"
         )
     if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{folder} has no tensor for {missing[0]} and {len(missing) - 1} more of "
-            f"{type(model).__name__}, which would be random numbers; the folder is incomplete"
+            f"{folder} has no tensor for {missing[0]}{more}: a {type(model).__name__} would begin "
+            "with random numbers there; the folder is incomplete"
         )
     model.eval()
     return model

@@ -68,18 +68,6 @@ class Ledger:
         return cls(output, identity)
 
 
-def make_folder(output: Path) -> None:
-    """The output folder, ready to be locked.
-
-    Raises:
-        ResumeError: it cannot be made, or is a file.
-    """
-    try:
-        (output / FOLDER).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResumeError(f"cannot write to {output}: {error.strerror}") from error
-
-
 def _require_empty(output: Path) -> None:
     """Nothing but the folder of the lock may be there."""
     if (

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from blastnn.compress.job import Progress
-from blastnn.compress.journal import Lock
+from blastnn.compress.journal import FOLDER, Lock
 from blastnn.compress.measured import forget
 from blastnn.compress.report import environment
 from blastnn.errors import BlastnnError, ResumeError
-from blastnn.files import write_text
+from blastnn.files import make_folder, write_text
 from blastnn.sweep.cell import CellRunner, let_go
-from blastnn.sweep.ledger import FAILED, FINISHED, Ledger, make_folder
+from blastnn.sweep.ledger import FAILED, FINISHED, Ledger
 from blastnn.sweep.page import PAGE, render
 from blastnn.sweep.picture import PICTURE, draw
 from blastnn.sweep.request import Cell, Prepared, Sweep, prepare
@@ -72,7 +72,7 @@ def run_sweep(
     """
     progress, folder = progress or SweepProgress(), Path(output)
     prepared = prepare(sweep, progress.say)
-    make_folder(folder)
+    make_folder(folder / FOLDER)  # for the lock
     with Lock(folder):
         return _Run(prepared, folder, keep_models, progress).all()
 
