@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import blastnn
 from blastnn.compress.in_memory import CompressionResult
@@ -134,6 +135,14 @@ def test_layers_called_by_keyword_in_a_model_that_returns_a_dict(outputs):
     torch.testing.assert_close(found(X)["logits"], expected(X), rtol=1e-4, atol=1e-4)
 
 
+def test_batches_may_come_from_a_data_loader():
+    data = DataLoader(TensorDataset(X), batch_size=10)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 96))
+    found, expected = (compressed(model, b).model for b in (data, list(X.split(10))))
+    assert torch.equal(found(X), expected(X))
+
+
 class Reader(nn.Module):
     """Uses a layer's weight without calling the layer."""
 
@@ -162,7 +171,7 @@ def test_a_weight_that_is_read_without_a_call_is_told(batch):
         ("text", "several batches"),
         ({"x": X}, "several batches"),
         (3, "several batches"),
-        ([[1.0, 2.0]], "one is a list"),
+        ([[1.0, 2.0]], "cannot be run on a batch"),
         (["text"], "one is a str"),
         ([torch.randn(5, 95)], "cannot be run on a batch"),
         ([torch.ones(5, 96, dtype=torch.long)], "cannot be run on a batch"),

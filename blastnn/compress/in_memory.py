@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from blastnn.arithmetic import plain_arithmetic
 from blastnn.compress.allocate import allocate
+from blastnn.compress.batches import Batch, batches_of, check_ids, run_on, token_shape
 from blastnn.compress.block import (
     KEEP,
     UNREACHED,
@@ -38,17 +39,14 @@ from blastnn.compress.refine import require_windows
 from blastnn.compress.sharing import share_inputs
 from blastnn.compress.spectrum import measure_whole
 from blastnn.compress.streams import Streams
-from blastnn.errors import BlastnnError, CalibrationError, PlanError
+from blastnn.errors import CalibrationError, PlanError
 from blastnn.evaluate.probe import probe_arguments
 from blastnn.integrations.transformers import describe
 from blastnn.linear import StructuredLinear
-from blastnn.models.context import window_length
 from blastnn.models.families import FAMILIES
 from blastnn.models.linears import dense_weight, find_tied, input_of, replace_module
 from blastnn.models.skeleton import find_blocks
 from blastnn.models.walk import capture_input, first_tensor, record_calls
-
-Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,9 @@ def compress(
     Args:
         model: any module, with its weights in memory.
         keep: share of the targeted layers' parameters to keep.
-        calibration: batches to run through the model: a tensor, a tuple of arguments or a dict of
-            keyword arguments; None fits without data. For transformers models of a known family,
-            token ids ``(batch, window)`` of one shape.
+        calibration: batches to run through the model: a tensor, a tuple or list of arguments (as a
+            ``DataLoader`` gives them) or a dict of keyword arguments; None fits without data. For
+            transformers models of a known family, token ids ``(batch, window)`` of one shape.
         preset: ``fast``, ``default`` or ``best``, as on the command line; how much text to
             calibrate with is yours to say here.
         choices: fields of ``Options`` in place of the preset's, e.g. ``structure`` or ``targets``.
@@ -91,7 +89,7 @@ def compress(
             "there is compress_checkpoint"
         )
     options = replace(Options.from_preset(preset, **choices), keep=keep)
-    batches = None if calibration is None else _batches(calibration)
+    batches = None if calibration is None else batches_of(calibration)
     require_windows(options, 0 if batches is None else len(batches))
     if batches is not None and not batches:
         raise CalibrationError("calibration holds no batch; pass None for no data")
@@ -109,41 +107,14 @@ def compress(
     return outcome
 
 
-def _batches(calibration: Iterable[Batch]) -> list[Batch]:
-    """The batches as a list.
-
-    Raises:
-        CalibrationError: one is no batch, or empty.
-    """
-    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
-        raise CalibrationError(
-            "calibration must be several batches, such as [inputs], but is a "
-            f"{type(calibration).__name__}"
-        )
-    batches = list(calibration)
-    for batch in batches:
-        if not isinstance(batch, Tensor | tuple | Mapping):
-            raise CalibrationError(
-                "a batch of the calibration must be a tensor, a tuple of arguments or a dict of "
-                f"keyword arguments, but one is a {type(batch).__name__}"
-            )
-        if isinstance(batch, Tensor) and not batch.numel():
-            raise CalibrationError("a batch of the calibration is empty; leave it out")
-    return batches
-
-
 def _walkable(model: nn.Module, batches: list[Batch] | None) -> bool:
     """Token ids of one shape can be walked block by block; other batches need the whole model."""
     if not isinstance(model, PreTrainedModel) or model.config.model_type not in FAMILIES:
         return False
     if batches is None:
         return True
-    shapes = {_token_shape(batch) for batch in batches}
+    shapes = {token_shape(batch) for batch in batches}
     return len(shapes) == 1 and None not in shapes
-
-
-def _token_shape(batch: Batch) -> tuple[int, ...] | None:
-    return tuple(batch.shape) if isinstance(batch, Tensor) and batch.ndim == 2 else None
 
 
 def _by_blocks(
@@ -152,7 +123,7 @@ def _by_blocks(
     blocks = find_blocks(model)
     for batch in batches or ():
         assert isinstance(batch, Tensor)
-        _check_ids(model, batch)
+        check_ids(model, batch)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     plan = make_plan(model, [block.name for block in blocks], options, None, tied)
     plan = share_inputs(plan) if options.joint else plan
@@ -182,24 +153,6 @@ def _by_blocks(
     records += [LayerRecord(p.name, "kept", p.reason) for p in plan.layers if p.block is None]
     _cast_back(model, dtypes)
     return CompressionResult(model, plan, records)
-
-
-def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
-    """Refuse what is no batch of token ids of the model, or longer than its positions."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise CalibrationError(f"token ids must be whole numbers, but the batches are {ids.dtype}")
-    words = model.get_input_embeddings().weight.shape[0]
-    if int(ids.min()) < 0 or int(ids.max()) >= words:
-        raise CalibrationError(
-            f"token ids must be from 0 to {words - 1}, but the calibration has some from "
-            f"{int(ids.min())} to {int(ids.max())}; is it the tokenizer of another model?"
-        )
-    length = ids.shape[1]
-    if length > (longest := window_length(model.config, length)):
-        raise CalibrationError(
-            f"the calibration batches have {length} tokens in a row, but the model has "
-            f"positions for {longest}; cut them"
-        )
 
 
 def _dtypes(model: nn.Module) -> dict[str, torch.dtype]:
@@ -284,7 +237,7 @@ def _measured(
 
 
 def _output(model: nn.Module, batch: Batch) -> Tensor:
-    return first_tensor(_call(model, batch))
+    return first_tensor(run_on(model, batch))
 
 
 def _dense_moments(
@@ -303,21 +256,8 @@ def _dense_moments(
     ]
     try:
         for batch in batches:
-            _call(model, batch)
+            run_on(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
     return {name: total.finish(name) for name, total in sums.items()}
-
-
-def _call(model: nn.Module, batch: Batch) -> Any:
-    try:
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        return model(*batch) if isinstance(batch, tuple) else model(batch)
-    except BlastnnError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CalibrationError(
-            f"the model cannot be run on a batch of the calibration: {error}"
-        ) from error
