@@ -100,6 +100,22 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(kernel, spec, dtype):
     assert mine**0.5 <= 2 * plain**0.5
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_few_tokens_are_as_exact_as_many(tokens):
+    """Long sums are made of short ones, in whatever order the factors are read."""
+    spec = LowRank(576, 576, rank=144)
+    assert serves(native, spec, torch.float32)
+    few = many = 0.0
+    for seed in range(8):
+        factors = spec.init(seed=seed)
+        x = torch.randn(64, 576, generator=torch.Generator().manual_seed(seed))
+        exact = x.double() @ spec.to_dense(cast_factors(factors, torch.float64)).T
+        found = torch.cat([native.matmul(spec, part, factors) for part in x.split(tokens)])
+        few += float((found - exact).square().sum())
+        many += float((native.matmul(spec, x, factors) - exact).square().sum())
+    assert few**0.5 <= 1.1 * many**0.5
+
+
 @every_kernel
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (4, 9), (0,), (2, 0), (0, 3)])
 def test_leading_dimensions_are_kept(kernel, leading):

@@ -16,7 +16,8 @@ inline void ask_for(const void* from, long count) {
   for (long line = 0; line < count; ++line) __builtin_prefetch(byte + 64 * line);
 }
 
-// z (TOKENS, width) += x (TOKENS, ROWS) times ROWS rows of v, of stride ldv.
+// z (TOKENS, width) += x (TOKENS, ROWS) times ROWS rows of v, of stride ldv. Their sum is made by
+// itself: added one by one to a sum of hundreds, they would be rounded as it is.
 template <int TOKENS, int ROWS, class P>
 inline void add_rows(long width, const float* x, long ldx, P v, long ldv, float* z) {
   Vec xs[ROWS][TOKENS];
@@ -31,18 +32,20 @@ inline void add_rows(long width, const float* x, long ldx, P v, long ldv, float*
     for (int k = 0; k < ROWS; ++k) rows[k] = load(v + (k * ldv + c));
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) {
-      Vec total = load(z + t * width + c);
+      Vec part = xs[0][t] * rows[0];
 #pragma GCC unroll 8
-      for (int k = 0; k < ROWS; ++k) add(total, xs[k][t], rows[k]);
-      store(z + t * width + c, total);
+      for (int k = 1; k < ROWS; ++k) add(part, xs[k][t], rows[k]);
+      store(z + t * width + c, load(z + t * width + c) + part);
     }
   }
   for (; c < width; ++c)
 #pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t)
+    for (int t = 0; t < TOKENS; ++t) {
+      float part = 0;
 #pragma GCC unroll 8
-      for (int k = 0; k < ROWS; ++k)
-        add(z[t * width + c], x[t * ldx + k], to_float(v[k * ldv + c]));
+      for (int k = 0; k < ROWS; ++k) add(part, x[t * ldx + k], to_float(v[k * ldv + c]));
+      z[t * width + c] += part;
+    }
 }
 
 // out (TOKENS, columns of stride ldo) = sum_j s[j] * z[j], for one block row; `next` is from z_j on.
