@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blastnn.dtypes import name_of
-from blastnn.errors import ModelError
 from blastnn.evaluate import peak
 from blastnn.evaluate.bench_options import BenchOptions
 from blastnn.evaluate.energy import EnergyMeter
@@ -26,7 +25,7 @@ from blastnn.evaluate.machine import ceilings, describe
 from blastnn.evaluate.race import Racer, Timing, race
 from blastnn.evaluate.score import open_any
 from blastnn.evaluate.work import decode_bytes, prefill_products
-from blastnn.integrations.transformers import is_causal, load_model
+from blastnn.integrations.transformers import load_model, require_causal
 
 FORMAT = "blastnn bench 1"
 PROTOCOL = (
@@ -157,6 +156,5 @@ def _phase(
 
 def _load(folder: str, device: str) -> PreTrainedModel:
     model = load_model(open_any(folder))
-    if not is_causal(model):
-        raise ModelError(f"{folder} does not predict the next token; it has no decoding speed")
+    require_causal(model, folder, "decoding speed")
     return model.to(device)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blastnn.errors import ModelError
 from blastnn.evaluate.engine import Choose, open_engine
-from blastnn.integrations.transformers import is_causal
+from blastnn.integrations.transformers import require_causal
 from blastnn.models.context import positions
 from blastnn.structures.base import LARGEST_SEED, is_seed
 
@@ -39,8 +39,7 @@ def continue_text(
             new one; ``max_tokens``, ``temperature`` or ``seed`` makes no sense; a logit is not
             finite.
     """
-    if not is_causal(model):
-        raise ModelError(f"a {type(model).__name__} does not predict the next token")
+    require_causal(model, type(model).__name__, "text to continue")
     if not is_seed(seed):
         raise ModelError(f"seed must be from 0 to {LARGEST_SEED}, but is {seed!r}")
     if max_tokens < 1:

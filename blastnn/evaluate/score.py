@@ -11,12 +11,12 @@ from transformers import AutoConfig
 
 from blastnn.checkpoint import StoredLayer, check_factors, read_layers
 from blastnn.dtypes import dtype_named
-from blastnn.errors import CheckpointError, ModelError
+from blastnn.errors import CheckpointError
 from blastnn.evaluate.perplexity import PROTOCOL, perplexity
 from blastnn.evaluate.probe import matches
 from blastnn.evaluate.text import first_windows, read_text
 from blastnn.files import read_json, write_json
-from blastnn.integrations.transformers import is_causal, load_model
+from blastnn.integrations.transformers import load_model, require_causal
 from blastnn.kernels import explain, winners
 from blastnn.kernels.explain import FILE as KERNELS_FILE
 from blastnn.models.context import window_length
@@ -60,8 +60,7 @@ def score_models(
     cut = [first_windows(text, tokenizer, length, tokens) for text in read]
     for key, name in names.items():
         loaded = load_model(open_any(str(name)))
-        if not is_causal(loaded):
-            raise ModelError(f"{name} does not predict the next token; it has no perplexity")
+        require_causal(loaded, str(name), "perplexity")
         for windows, row in zip(cut, rows, strict=True):
             score = perplexity(loaded, windows)
             row |= {key: score.perplexity, "tokens": score.tokens, "window": score.window}

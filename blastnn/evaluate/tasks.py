@@ -18,10 +18,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blastnn.errors import MeasurementError, ModelError
+from blastnn.errors import MeasurementError
 from blastnn.evaluate.score import open_any
 from blastnn.evaluate.task_rows import FROM_PACKAGE, Say, chosen_tasks, open_rows
-from blastnn.integrations.transformers import is_causal, load_model
+from blastnn.integrations.transformers import load_model, require_causal
 from blastnn.models.source import load_tokenizer
 
 Step = Callable[[str, int, int], None]  # task, answers that are scored, all of them
@@ -162,10 +162,7 @@ def _opened(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     loaded: Any = model if isinstance(model, PreTrainedModel) else load_model(open_any(str(model)))
-    if not is_causal(loaded):
-        raise ModelError(
-            f"{type(loaded).__name__} does not predict the next token; it has no zero-shot tasks"
-        )
+    require_causal(loaded, type(loaded).__name__, "zero-shot tasks")
     return loaded, tokenizer or load_tokenizer(Path(loaded.name_or_path))
 
 

@@ -14,8 +14,8 @@ import math
 import time
 from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from types import ModuleType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -270,7 +270,8 @@ def _check_options(solver: str, options: dict[str, Any]) -> None:
             raise FactorizationError(f"{name} must be a whole number of at least 0, not {value!r}")
     hints = get_type_hints(SOLVERS[solver].solve)
     for name, value in options.items():
-        kinds = get_args(hints[name]) or (hints[name],)
+        hint = hints.get(name, object)
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
         if not any(_is_a(value, kind) for kind in kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise FactorizationError(

@@ -33,9 +33,12 @@ def solve(problem: Problem, spec: Structure, seed: int, rounds: int = ROUNDS) ->
     start = time.perf_counter()
     assert isinstance(spec, Sum)
     orders = [_Alternation(problem, spec, seed, start) for _ in range(2)]
+    if not rounds:
+        zero = orders[0]
+        history = [(time.perf_counter() - start, zero.error)]
+        return Solution(spec.join(*zero.factors), history, "ran its 0 rounds")
     for order, first in zip(orders, (0, 1), strict=True):
-        if rounds:
-            order.round(first)
+        order.round(first)
     best = min(orders, key=lambda order: order.error)
     first = orders.index(best)
     status = f"ran its {rounds} rounds"
@@ -46,8 +49,6 @@ def solve(problem: Problem, spec: Structure, seed: int, rounds: int = ROUNDS) ->
             status = "converged: the error no longer falls"
             break
     factors = spec.join(*best.factors)
-    if not rounds:
-        return Solution(factors, [(time.perf_counter() - start, best.error)], status)
     status = f"{status}; the {('first', 'second')[first]} part went first"
     return Solution(factors, best.history, status, best.notes)
 

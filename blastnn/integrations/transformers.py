@@ -30,7 +30,7 @@ from blastnn.checkpoint import (
     quantization_config,
     read_layers,
 )
-from blastnn.errors import CheckpointError, DtypeError, first_line
+from blastnn.errors import CheckpointError, DtypeError, ModelError, first_line
 from blastnn.files import read_json
 from blastnn.kernels import fix_choices
 from blastnn.kernels.explain import FILE as KERNELS_FILE
@@ -195,3 +195,13 @@ def use_measured_kernels(folder: Path) -> None:
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether the model predicts the next token, so that it has a perplexity."""
     return type(model) in AutoModelForCausalLM._model_mapping.values()
+
+
+def require_causal(model: PreTrainedModel, name: str, lacks: str) -> None:
+    """Refuse a model that does not predict the next token, and so ``lacks`` something.
+
+    Raises:
+        ModelError: says what ``name`` does not have.
+    """
+    if not is_causal(model):
+        raise ModelError(f"{name} does not predict the next token; it has no {lacks}")
